@@ -1,0 +1,198 @@
+"""Cases: images paired with their labels by name."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.affines import voxel_sizes
+from numpy.typing import NDArray
+
+from ofl_sam2.errors import InputError
+from ofl_sam2.files import case_name, is_image, read_labels, read_volume
+from ofl_sam2.frames import natural_key
+from ofl_sam2.volume import SliceStack, Volume, canonical_view, choose_axis
+
+_MAX_STRUCTURES = 255
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image and, where there is one, its label."""
+
+    name: str
+    image: Path
+    label: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledCase:
+    """A case in memory.
+
+    Attributes:
+        volume: the image.
+        labels: unsigned integers in the volume's grid.
+        values: label values that occur, without 0.
+        labelled_slices: slices (numbered like `SliceStack`) that count as labelled; None means all.
+    """
+
+    volume: Volume
+    labels: NDArray[np.unsignedinteger[Any]] = field(repr=False)
+    values: tuple[int, ...]
+    labelled_slices: tuple[int, ...] | None = None
+
+
+def find_cases(images: Path, labels: Path | None = None, cases: Sequence[str] | None = None) -> list[Case]:
+    """Pair the images of a folder with the labels of another by case name, in natural order.
+
+    Args:
+        images: folder of image files and of subfolders with a DICOM series or frames.
+        labels: folder of label files and of subfolders with PNG masks; images may lack a label.
+        cases: names to choose; then each must have a label if `labels` is given.
+
+    Raises:
+        InputError: an empty or absent folder, two files of one case, unknown cases, missing pairs; all are named.
+    """
+    image_paths = _by_name(images)
+    label_paths = _by_name(labels) if labels is not None else {}
+    orphans = _missing(label_paths, image_paths)
+    if orphans:
+        raise InputError(
+            f"{labels} holds labels without an image in {images}: {orphans}. Give a label the name of its image."
+        )
+    names = list(image_paths) if cases is None else sorted(set(cases), key=natural_key)
+    unknown = _missing(names, image_paths)
+    if unknown:
+        raise InputError(f"{images} holds no case named {unknown}. It holds: {', '.join(image_paths)}.")
+    unlabelled = _missing(names, label_paths)
+    if labels is not None and cases is not None and unlabelled:
+        raise InputError(f"{labels} holds no label for {unlabelled}. Add the labels or leave these cases out.")
+    return [Case(name, image_paths[name], label_paths.get(name)) for name in names]
+
+
+def load_case(case: Case, *, ignore_empty_slices: bool = False, axis: int | None = None) -> LabelledCase:
+    """Read a case and check that image and label belong together.
+
+    A label of the same grid stored in another axis order (as converters write it) is brought into the image's order.
+
+    Args:
+        case: image and label.
+        ignore_empty_slices: leave slices without any structure out of the labelled ones.
+        axis: slicing axis for that; None is the one `choose_axis` takes.
+
+    Raises:
+        InputError: no label, unreadable files, different grids, an empty label, or too many label values.
+    """
+    if case.label is None:
+        raise InputError(f"{case.image} has no label to learn from. Add one named '{case.name}'.")
+    volume = read_volume(case.image)
+    label_volume = read_labels(case.label, volume)
+    labels = _in_grid_of(label_volume, volume)
+    values = tuple(int(value) for value in np.unique(labels) if value)
+    if not values:
+        raise InputError(f"{case.label} is empty: it holds no structure. Draw one, or leave the case out.")
+    if len(values) > _MAX_STRUCTURES:
+        raise InputError(f"{case.label} holds {len(values)} different values. Is it an image instead of a label?")
+    labelled = label_volume.labelled
+    if ignore_empty_slices:
+        stack = SliceStack(volume, choose_axis(volume) if axis is None else axis, size=32)
+        counted = range(len(stack)) if labelled is None else labelled
+        labelled = tuple(index for index in counted if stack.slice_of(labels, index).any())
+    return LabelledCase(volume, labels, values, labelled)
+
+
+def parse_structures(text: str) -> dict[int, str]:
+    """Parse names of label values.
+
+    Raises:
+        InputError: an entry that is not VALUE=NAME, the background value 0, or a value or name given twice.
+
+    Example:
+        >>> parse_structures("1=anterior, 2=posterior")
+        {1: 'anterior', 2: 'posterior'}
+    """
+    structures: dict[int, str] = {}
+    for entry in text.split(","):
+        value, equals, name = (part.strip() for part in entry.partition("="))
+        if not (equals and name and value.isdecimal() and int(value) > 0):
+            raise InputError(
+                f"Cannot read the structure '{entry.strip()}' in '{text}'. "
+                "Write VALUE=NAME with a value from 1, for example 1=anterior,2=posterior."
+            )
+        if int(value) in structures or name.casefold() in map(str.casefold, structures.values()):
+            raise InputError(f"'{entry.strip()}' in '{text}' repeats a value or a name. Give each structure its own.")
+        structures[int(value)] = name
+    return dict(sorted(structures.items()))
+
+
+def default_structures(values: Iterable[int]) -> dict[int, str]:
+    """Name label values that have no name.
+
+    Example:
+        >>> default_structures([1, 2])
+        {1: 'structure_1', 2: 'structure_2'}
+    """
+    return {int(value): f"structure_{int(value)}" for value in values}
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    """Images or labels of `folder` by case name, in natural order."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder. Give the folder that holds one file or subfolder for each case.")
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in folder.iterdir():
+        if is_image(path):
+            found[case_name(path)].append(path)
+    if not found:
+        raise InputError(
+            f"{folder} holds no images. Put each case into it as a file (NIfTI, NRRD, MetaImage) "
+            "or as a subfolder (DICOM series, PNG or JPEG frames)."
+        )
+    twice = [path.name for paths in found.values() if len(paths) > 1 for path in sorted(paths)]
+    if twice:
+        raise InputError(f"{folder} holds several files of one case: {', '.join(twice)}. Keep one of each.")
+    return {name: found[name][0] for name in sorted(found, key=natural_key)}
+
+
+def _missing(names: Iterable[str], among: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names) - set(among), key=natural_key))
+
+
+def _in_grid_of(labels: Volume, volume: Volume) -> NDArray[np.unsignedinteger[Any]]:
+    """Return the label voxels in the axis order of `volume`; a view's copy only where the orders differ."""
+    if labels.voxels.shape == volume.grid and (volume.frames or _same_place(labels.affine, volume.affine)):
+        return labels.voxels
+    view = canonical_view(labels.voxels, labels.affine)
+    arranged = np.zeros(volume.grid, labels.voxels.dtype)
+    target = arranged if volume.frames else canonical_view(arranged, volume.affine)
+    if volume.frames or view.shape != target.shape:
+        raise InputError(
+            f"{labels.path} has shape {labels.voxels.shape}, but {volume.path} has {volume.grid}. "
+            "Resample the label to the image's grid with nearest-neighbour interpolation."
+        )
+    if not _same_place(_canonical_affine(labels), _canonical_affine(volume)):
+        raise InputError(
+            f"{labels.path} and {volume.path} have the same shape but lie in different places in space. "
+            f"Correct the label's header, or resample it to the image's grid. Label affine {_text(labels.affine)}, "
+            f"image affine {_text(volume.affine)}."
+        )
+    target[...] = view
+    return arranged
+
+
+def _canonical_affine(volume: Volume) -> NDArray[np.float64]:
+    orientation = nib.orientations.io_orientation(volume.affine)
+    return np.asarray(volume.affine @ nib.orientations.inv_ornt_aff(orientation, volume.grid[:3]))
+
+
+def _same_place(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
+    """Whether affines agree to 1e-3 mm plus 1 % of the voxel size."""
+    tolerance = 1e-3 + 0.01 * float(voxel_sizes(other).min())
+    return bool(np.allclose(one, other, rtol=0, atol=tolerance))
+
+
+def _text(affine: NDArray[np.float64]) -> str:
+    return str(np.round(affine[:3], 3).tolist())

@@ -1,0 +1,77 @@
+"""Grey values -> [0, 1]: one window per volume."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from ofl_sam2.volume import Volume
+
+_SAMPLE_VOXELS = 1_000_000
+_PERCENTILES = (0.5, 99.5)
+_CT_AIR, _CT_BONE = -500.0, 200.0
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """A linear window: `low` and below becomes 0, `high` and above becomes 1.
+
+    Attributes:
+        kind: "percentile" when the limits were measured on the volume, "window" when they were given.
+        low, high: limits in the volume's own units (HU for CT), low < high.
+
+    Example:
+        >>> Intensity("window", -160.0, 240.0).apply(np.array([-1000, 40, 3000])).tolist()
+        [0.0, 0.5, 1.0]
+    """
+
+    kind: Literal["percentile", "window"]
+    low: float
+    high: float
+
+    def apply(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        """Return `values` (any shape and dtype) scaled to [0, 1]; NaN becomes 0."""
+        scaled = (values.astype(np.float64) - self.low) / (self.high - self.low)
+        return np.clip(np.nan_to_num(scaled, copy=False), 0.0, 1.0).astype(np.float32)
+
+
+def intensity_for(volume: "Volume", ct_window: tuple[float, float] = (-160.0, 240.0)) -> Intensity:
+    """Choose the window for `volume`: full range for colour, `ct_window` (HU) for CT, else robust percentiles.
+
+    CT is recognised by its values: integers from air (-500 HU or less) to bone (200 HU or more).
+    """
+    if volume.colour:
+        return Intensity("window", 0.0, _colour_maximum(volume.voxels))
+    sample = _finite_sample(volume.voxels)
+    low, high = _limits(volume.voxels)
+    if low <= _CT_AIR and high >= _CT_BONE and np.array_equal(sample, np.rint(sample)):
+        return Intensity("window", *ct_window)
+    robust_low, robust_high = np.percentile(sample, _PERCENTILES).tolist() if sample.size else (low, high)
+    if robust_low < robust_high:
+        return Intensity("percentile", robust_low, robust_high)
+    return Intensity("percentile", low, high if high > low else low + max(1.0, abs(low)))
+
+
+def _colour_maximum(voxels: NDArray[Any]) -> float:
+    if np.issubdtype(voxels.dtype, np.integer):
+        return float(np.iinfo(voxels.dtype).max)
+    return max(1.0, _limits(voxels)[1])
+
+
+def _limits(voxels: NDArray[Any]) -> tuple[float, float]:
+    """Smallest and largest finite value, without a copy where all voxels are finite; (0, 0) where none is."""
+    low, high = float(voxels.min()), float(voxels.max())
+    if math.isfinite(low) and math.isfinite(high):
+        return low, high
+    finite = voxels[np.isfinite(voxels)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+
+
+def _finite_sample(voxels: NDArray[Any]) -> NDArray[np.float64]:
+    """Finite voxels `(n,)` on a regular sub-grid of about a million voxels."""
+    step = math.ceil((voxels.size / _SAMPLE_VOXELS) ** (1 / voxels.ndim))
+    sample = voxels[(slice(None, None, step),) * voxels.ndim].astype(np.float64)
+    return sample[np.isfinite(sample)]
