@@ -1,11 +1,16 @@
 """Build a SAM2 model from the `sam2` package's own classes: plain arguments, no Hydra, no torchvision."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ofl_sam2.backbone.configs import BackboneConfig
 from ofl_sam2.errors import InputError
 
 if TYPE_CHECKING:
+    from sam2.modeling.backbones.image_encoder import ImageEncoder
+    from sam2.modeling.memory_attention import MemoryAttention
+    from sam2.modeling.memory_encoder import MemoryEncoder
+    from sam2.modeling.position_encoding import PositionEmbeddingSine
+    from sam2.modeling.sam.transformer import RoPEAttention
     from sam2.modeling.sam2_base import SAM2Base
 
 STRIDE = 16
@@ -60,7 +65,7 @@ def build_sam2(
     """
     from sam2.modeling.sam2_base import SAM2Base
 
-    size = check_image_size(image_size or config.cpu_size)
+    size = check_image_size(config.cpu_size if image_size is None else image_size)
     model = (model_class or SAM2Base)(
         image_encoder=_image_encoder(config),
         memory_attention=_memory_attention(config, size // STRIDE),
@@ -73,13 +78,13 @@ def build_sam2(
     return model.eval()
 
 
-def _sine_positions(features: int):
+def _sine_positions(features: int) -> "PositionEmbeddingSine":
     from sam2.modeling.position_encoding import PositionEmbeddingSine
 
     return PositionEmbeddingSine(num_pos_feats=features, normalize=True, scale=None, temperature=10000)
 
 
-def _image_encoder(config: BackboneConfig):
+def _image_encoder(config: BackboneConfig) -> "ImageEncoder":
     from sam2.modeling.backbones.hieradet import Hiera
     from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
 
@@ -101,11 +106,11 @@ def _image_encoder(config: BackboneConfig):
     return ImageEncoder(trunk=trunk, neck=neck, scalp=1)
 
 
-def _memory_attention(config: BackboneConfig, side: int):
+def _memory_attention(config: BackboneConfig, side: int) -> "MemoryAttention":
     from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
     from sam2.modeling.sam.transformer import RoPEAttention
 
-    def rope(**extra):
+    def rope(**extra: Any) -> "RoPEAttention":
         return RoPEAttention(
             rope_theta=10000.0,
             feat_sizes=(side, side),
@@ -127,12 +132,10 @@ def _memory_attention(config: BackboneConfig, side: int):
         pos_enc_at_cross_attn_queries=False,
         cross_attention=rope(rope_k_repeat=True, kv_in_dim=config.memory_width),
     )
-    return MemoryAttention(
-        d_model=config.width, pos_enc_at_input=True, layer=layer, num_layers=config.attention_layers
-    )
+    return MemoryAttention(d_model=config.width, pos_enc_at_input=True, layer=layer, num_layers=config.attention_layers)
 
 
-def _memory_encoder(config: BackboneConfig):
+def _memory_encoder(config: BackboneConfig) -> "MemoryEncoder":
     from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
 
     block = CXBlock(dim=config.width, kernel_size=7, padding=3, layer_scale_init_value=config.fuser_scale)

@@ -1,10 +1,11 @@
-"""The frozen SAM2: image features, memory encoding, memory attention and mask decoding. Nothing of SAM2 leaks past here.
+"""The frozen SAM2: image features, memory encoding, memory attention and mask decoding. SAM2 does not leak past here.
 
 Shapes: N images, B objects (one class of one image each), C channels of the stride-16 feature, h = w = image size / 16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,11 @@ from torch.nn import functional
 
 from ofl_sam2.backbone.build import STRIDE, build_sam2, check_image_size
 from ofl_sam2.backbone.configs import BackboneConfig
+from ofl_sam2.errors import InputError
+
+if TYPE_CHECKING:
+    from sam2.modeling.sam2_base import SAM2Base
+    from typing_extensions import Self
 
 MASK_LOGIT = 10.0  # SAM2 writes a given mask as logits -10 / +10
 ABSENT_LOGIT = -1024.0  # SAM2's placeholder for the mask of an object judged absent
@@ -19,18 +25,28 @@ MAX_RECENT = 6
 POINTER_RANGE = 16
 
 
+@dataclass(frozen=True)
 class _Batch:
     """Field-wise indexing and expansion for dataclasses of tensors that share their first axis."""
 
-    def _map(self, function):
-        return type(self)(*(function(getattr(self, field.name)) for field in fields(self)))  # type: ignore[arg-type]
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Self":
+        return type(self)(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: slice | list[int] | Tensor) -> "Self":
         return self._map(lambda tensor: tensor[index])
 
-    def detach(self):
+    def detach(self) -> "Self":
         """Return the same values without their graph."""
         return self._map(Tensor.detach)
+
+    def to(self, device: torch.device | str) -> "Self":
+        """Return the same values on a device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    @classmethod
+    def cat(cls, parts: "Sequence[Self]") -> "Self":
+        """Join batches along their first axis."""
+        return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -47,11 +63,6 @@ class ImageFeatures(_Batch):
     def expand(self, count: int) -> "ImageFeatures":
         """Share the features of one image between `count` objects (no copy)."""
         return self._map(lambda tensor: tensor.expand(count, -1, -1, -1))
-
-    @staticmethod
-    def cat(parts: Sequence["ImageFeatures"]) -> "ImageFeatures":
-        """Join batches of images."""
-        return ImageFeatures(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(ImageFeatures)))
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,9 @@ class SAM2Backbone(nn.Module):
         config: which model.
         image_size: side of the square input, a multiple of 32; default `config.cpu_size`.
     """
+
+    _mean: Tensor
+    _std: Tensor
 
     def __init__(self, config: BackboneConfig, image_size: int | None = None) -> None:
         super().__init__()
@@ -177,15 +191,20 @@ class SAM2Backbone(nn.Module):
             recent: memories of the last slices, the latest first; at most six are used.
             offsets: how many frames before the query each support lies; default 1, 2, 3, ...
             num_frames: length of the sequence; default long enough for the full pointer range.
+
+        Raises:
+            InputError: a sequence too short to hold the query and its memories.
         """
+        recent = recent[:MAX_RECENT]
         offsets = range(1, len(supports) + 1) if offsets is None else offsets
-        now = max([*offsets, POINTER_RANGE])
+        now = max([*offsets, len(recent)])
+        num_frames = max(now, POINTER_RANGE) + 1 if num_frames is None else num_frames
+        if num_frames <= now:  # SAM2 would drop pointers, and divide by zero for one frame
+            raise InputError(f"{num_frames} frames cannot hold a memory {now} frames back. Count at least {now + 1}.")
         entries = [_frame(self.sam2, memory) for memory in supports]
         output = {
             "cond_frame_outputs": {now - offset: entry for offset, entry in zip(offsets, entries, strict=True)},
-            "non_cond_frame_outputs": {
-                now - 1 - i: _frame(self.sam2, memory) for i, memory in enumerate(recent[:MAX_RECENT])
-            },
+            "non_cond_frame_outputs": {now - 1 - i: _frame(self.sam2, memory) for i, memory in enumerate(recent)},
         }
         positions = self.sam2.image_encoder.neck.position_encoding(features.stride16)
         return self.sam2._prepare_memory_conditioned_features(
@@ -195,7 +214,7 @@ class SAM2Backbone(nn.Module):
             current_vision_pos_embeds=[_tokens(positions)],
             feat_sizes=[features.stride16.shape[-2:]],
             output_dict=output,
-            num_frames=num_frames or now + 1,
+            num_frames=num_frames,
         )
 
     def decode(self, embedding: Tensor, features: ImageFeatures, prompt: Tensor | None = None) -> Decoded:
@@ -234,6 +253,6 @@ def _tokens(maps: Tensor) -> Tensor:
     return maps.flatten(2).permute(2, 0, 1)
 
 
-def _frame(sam2: nn.Module, memory: Memory) -> dict[str, object]:
+def _frame(sam2: "SAM2Base", memory: Memory) -> dict[str, object]:
     positions = sam2.memory_encoder.position_encoding(memory.features)
     return {"maskmem_features": memory.features, "maskmem_pos_enc": [positions], "obj_ptr": memory.pointer}

@@ -27,6 +27,8 @@ def load_backbone(name: str, image_size: int | None = None, device: str = "cpu")
     config = backbone_config(name)
     default = config.gpu_size if device.startswith("cuda") else config.cpu_size
     path = NANO_WEIGHTS if name == "nano" else weights_path(name)
+    if name == "nano" and not path.is_file():
+        raise WeightsError(f"The weights of nano, part of this package, are missing at {path}. Install it again.")
     if not path.is_file():
         raise WeightsError(
             f"The weights of {name} are not here: {path} is missing. "
@@ -36,6 +38,6 @@ def load_backbone(name: str, image_size: int | None = None, device: str = "cpu")
         found = verify(path)
         if found.name != name:
             raise WeightsError(f"{path} holds the weights of {found.name}, not of {name}.")
-    backbone = SAM2Backbone(config, image_size or default)
+    backbone = SAM2Backbone(config, default if image_size is None else image_size)
     load_strict(backbone.sam2, read_state(path), source=str(path))
     return backbone.freeze().to(torch.device(device))
