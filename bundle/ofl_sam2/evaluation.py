@@ -1,0 +1,300 @@
+"""Scores of label maps against references: Dice, 95th percentile Hausdorff distance, surface Dice.
+
+Dice counts voxels. HD95 and surface Dice are MONAI's, in mm, on masks cropped to the box both fill: the surfaces lie
+inside it, so the crop changes nothing but the time. The edge of the image counts as a surface.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from rich.table import Table
+
+from ofl_sam2.dataset import default_structures, find_cases
+from ofl_sam2.errors import InputError
+from ofl_sam2.files import read_labels
+from ofl_sam2.volume import Volume
+
+METRICS: Mapping[str, str] = {"dice": "Dice", "hd95": "HD95 (mm)", "surface_dice": "surface Dice"}
+
+Spacing = tuple[float, float, float]
+Scores = dict[str, dict[str, float]]
+"""{structure: {metric: value}}; NaN where a value is undefined."""
+
+
+class EmptyConvention(Enum):
+    """Dice of a structure the reference does not contain.
+
+    STANDARD: 0 where something is predicted (a false positive), NaN where nothing is; NaN stays out of all means.
+    SAMED: 1 where something is predicted, 0 where nothing is, as the SAMed family counts; to compare with its papers.
+
+    Under both, HD95 is NaN where either mask is empty (SAMed's code counts 0 there), and surface Dice follows STANDARD.
+    """
+
+    STANDARD = "standard"
+    SAMED = "samed"
+
+
+def score(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing: Spacing,
+    structures: Mapping[int, str],
+    metrics: Sequence[str] = ("dice",),
+    slices: tuple[int, Sequence[int]] | None = None,
+    empty: EmptyConvention = EmptyConvention.STANDARD,
+    tolerance: float = 1.0,
+) -> Scores:
+    """Score one label map.
+
+    Args:
+        prediction: integer labels `(X, Y, Z)`; for Dice alone any shape.
+        reference: integer labels of the same shape.
+        spacing: voxel size along the array axes, mm.
+        structures: {label value: name}.
+        metrics: of "dice", "hd95" (mm) and "surface_dice".
+        slices: (axis, indices) to score only those slices. Distances need consecutive ones.
+        empty: what Dice is where the reference is empty.
+        tolerance: distance up to which surfaces agree in surface Dice, mm; less than a voxel means they coincide.
+
+    Raises:
+        InputError: shapes differ, an unknown metric, or distances where there are none.
+
+    Example:
+        >>> labels = np.zeros((4, 4, 4), np.uint8)
+        >>> labels[:2] = 1
+        >>> score(labels, labels, (1.0, 1.0, 1.0), {1: "organ"}, ("dice", "hd95"))
+        {'organ': {'dice': 1.0, 'hd95': 0.0}}
+    """
+    if prediction.shape != reference.shape:
+        raise InputError(f"Prediction {prediction.shape} and reference {reference.shape} differ in shape.")
+    if not structures:
+        raise InputError("There is no structure to score; name at least one, such as {1: 'liver'}.")
+    _check(metrics, prediction.ndim, spacing, slices)
+    if slices is not None:
+        prediction, reference = (labels.take(slices[1], axis=slices[0]) for labels in (prediction, reference))
+    scorers: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+        "dice": lambda p, r: _dice(p, r, empty),
+        "hd95": lambda p, r: _hd95(p, r, spacing),
+        "surface_dice": lambda p, r: _surface_dice(p, r, spacing, tolerance),
+    }
+    scores: Scores = {}
+    for value, name in structures.items():
+        masks = crop_to_union(prediction == value, reference == value)
+        scores[name] = {metric: scorers[metric](*masks) for metric in metrics}
+    return scores
+
+
+def crop_to_union(prediction: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Views of two boolean masks on the smallest box that holds both, plus a voxel where the image has it."""
+    union = prediction | reference
+    if not union.any():
+        return prediction, reference
+    box = []
+    for axis in range(union.ndim):
+        filled = np.flatnonzero(union.any(axis=tuple(other for other in range(union.ndim) if other != axis)))
+        box.append(slice(max(int(filled[0]) - 1, 0), int(filled[-1]) + 2))
+    return prediction[tuple(box)], reference[tuple(box)]
+
+
+def _dice(prediction: np.ndarray, reference: np.ndarray, empty: EmptyConvention) -> float:
+    predicted, expected = np.count_nonzero(prediction), np.count_nonzero(reference)
+    if expected:
+        return 2.0 * np.count_nonzero(prediction & reference) / (predicted + expected)
+    if empty is EmptyConvention.SAMED:
+        return 1.0 if predicted else 0.0
+    return 0.0 if predicted else math.nan
+
+
+def _hd95(prediction: np.ndarray, reference: np.ndarray, spacing: Spacing) -> float:
+    if not (prediction.any() and reference.any()):
+        return math.nan
+    masks = _one_hot(prediction), _one_hot(reference)
+    return compute_hausdorff_distance(*masks, include_background=True, percentile=95, spacing=spacing).item()
+
+
+def _surface_dice(prediction: np.ndarray, reference: np.ndarray, spacing: Spacing, tolerance: float) -> float:
+    if not (prediction.any() and reference.any()):
+        return 0.0 if prediction.any() or reference.any() else math.nan
+    masks = _one_hot(prediction), _one_hot(reference)
+    return compute_surface_dice(
+        *masks, class_thresholds=[tolerance], include_background=True, spacing=spacing, use_subvoxels=True
+    ).item()
+
+
+def _one_hot(mask: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(mask))[None, None]
+
+
+def _check(metrics: Sequence[str], ndim: int, spacing: Spacing, slices: tuple[int, Sequence[int]] | None) -> None:
+    unknown = [metric for metric in metrics if metric not in METRICS]
+    if unknown or not metrics:
+        raise InputError(f"Unknown metrics {unknown}; choose from {', '.join(METRICS)}.")
+    if set(metrics) == {"dice"}:
+        return
+    if ndim != 3 or not all(math.isfinite(step) and step > 0 for step in spacing):
+        raise InputError(
+            f"Distances in mm need a volume with three axes and positive spacings, got {ndim} axes and the spacing "
+            f"{spacing}; score this one by 'dice' alone."
+        )
+    if slices is not None and np.any(np.diff(slices[1]) != 1):
+        raise InputError("Distances need consecutive slices; score separate slices by 'dice' alone.")
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """The scores of one case."""
+
+    case: str
+    scores: Scores
+
+    def mean(self, metric: str) -> float:
+        """Mean over the structures, without undefined values; NaN if all are undefined."""
+        return _mean(values[metric] for values in self.scores.values())
+
+
+@dataclass(frozen=True)
+class Report:
+    """The scores of several cases on the same structures and metrics."""
+
+    cases: tuple[CaseScore, ...]
+    empty: EmptyConvention = EmptyConvention.STANDARD
+
+    def __post_init__(self) -> None:
+        if not self.cases:
+            raise InputError("There are no cases to report on.")
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        return tuple(self.cases[0].scores)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(next(iter(self.cases[0].scores.values())))
+
+    def values(self, structure: str, metric: str) -> list[float]:
+        """One value a case, in the order of the cases; NaN where undefined."""
+        return [case.scores[structure][metric] for case in self.cases]
+
+    def mean_per_structure(self) -> Scores:
+        """Mean over the cases, without undefined values."""
+        return {s: {m: _mean(self.values(s, m)) for m in self.metrics} for s in self.structures}
+
+    def mean(self) -> dict[str, float]:
+        """Mean over the structures of the mean over the cases: every structure weighs the same, however rare."""
+        per_structure = self.mean_per_structure()
+        return {m: _mean(per_structure[s][m] for s in self.structures) for m in self.metrics}
+
+    def undefined(self) -> dict[str, dict[str, int]]:
+        """How many cases have no defined value, and so are in no mean: {structure: {metric: count}}."""
+        return {s: {m: sum(map(math.isnan, self.values(s, m))) for m in self.metrics} for s in self.structures}
+
+    def to_json(self) -> str:
+        """Everything above as JSON text; NaN becomes null."""
+        content = {
+            "empty_convention": self.empty.value,
+            "cases": {case.case: case.scores for case in self.cases},
+            "mean_per_structure": self.mean_per_structure(),
+            "mean": self.mean(),
+            "undefined": self.undefined(),
+        }
+        return json.dumps(_nan_to_none(content), indent=2, allow_nan=False)
+
+    def table(self) -> Table:
+        """One row a case, one column a structure, one line a metric."""
+        table = Table("case", "metric")
+        for heading in (*self.structures, "mean"):
+            table.add_column(heading, justify="right")
+        headings = "\n".join(METRICS[metric] for metric in self.metrics)
+        for case in self.cases:
+            means = {metric: case.mean(metric) for metric in self.metrics}
+            table.add_row(case.case, headings, *map(_cell, [*case.scores.values(), means]))
+        table.add_section()
+        table.add_row("mean", headings, *map(_cell, [*self.mean_per_structure().values(), self.mean()]), style="bold")
+        counts = [counts.values() for counts in self.undefined().values()]
+        if any(map(any, counts)):
+            table.add_row("undefined", headings, *("\n".join(map(str, count)) for count in counts), style="dim")
+        return table
+
+
+def evaluate_folders(
+    predictions: Path,
+    labels: Path,
+    cases: Sequence[str] | None = None,
+    metrics: Sequence[str] = ("dice",),
+    structures: Mapping[int, str] | None = None,
+    empty: EmptyConvention = EmptyConvention.STANDARD,
+    tolerance: float = 1.0,
+) -> Report:
+    """Score every label file in `predictions` against the one of the same case name in `labels`.
+
+    Args:
+        predictions: folder of label volumes and frame folders.
+        labels: folder with a reference for each of them; further references are ignored.
+        cases: names of the cases to score; None scores every prediction.
+        metrics: see `score`; cine and frame sequences allow "dice" only, over all frames that have a reference.
+        structures: {label value: name}; None takes the values that occur in the references.
+        empty: what Dice is where the reference is empty.
+        tolerance: of surface Dice, mm.
+
+    Raises:
+        InputError: a case without a pair, two files of one case, different grids, or distances of frames.
+    """
+    pairs = _pair(predictions, labels, cases)
+    if structures is None:
+        found = {int(value) for _, reference in pairs.values() for value in np.unique(read_labels(reference).voxels)}
+        structures = default_structures(sorted(found - {0}))
+    scored = []
+    for case, paths in pairs.items():
+        prediction = read_labels(paths[0])
+        reference = read_labels(paths[1], prediction if prediction.frames else None)
+        _check_grid(prediction, reference)
+        if reference.frames and set(metrics) != {"dice"}:
+            raise InputError(f"{reference.path} holds frames, which have no size in mm. Score them by 'dice' alone.")
+        arrays = prediction.voxels, reference.voxels
+        frames = None if reference.labelled is None else (2, reference.labelled)
+        scores = score(*arrays, reference.spacing, structures, metrics, frames, empty, tolerance)
+        scored.append(CaseScore(case, scores))
+    return Report(tuple(scored), empty)
+
+
+def _pair(predictions: Path, labels: Path, cases: Sequence[str] | None) -> dict[str, tuple[Path, Path]]:
+    """{case name: (prediction, reference)}."""
+    chosen = find_cases(predictions, cases=cases)
+    references = {case.name: case.image for case in find_cases(labels)}
+    missing = [case.name for case in chosen if case.name not in references]
+    if missing:
+        raise InputError(f"{labels} holds no reference for {', '.join(missing)}. Add them or name the cases to score.")
+    return {case.name: (case.image, references[case.name]) for case in chosen}
+
+
+def _check_grid(prediction: Volume, reference: Volume) -> None:
+    same_shape = prediction.voxels.shape == reference.voxels.shape
+    tolerance = 1e-3 + 0.01 * min(reference.spacing)
+    if not (same_shape and np.allclose(prediction.affine, reference.affine, rtol=0, atol=tolerance)):
+        raise InputError(
+            f"{prediction.path} {prediction.voxels.shape} and {reference.path} {reference.voxels.shape} lie on "
+            "different grids (shape, spacing, orientation or origin); resample the prediction to the reference."
+        )
+
+
+def _mean(values: Iterable[float]) -> float:
+    defined = [value for value in values if not math.isnan(value)]
+    return math.fsum(defined) / len(defined) if defined else math.nan
+
+
+def _cell(scores: Mapping[str, float]) -> str:
+    return "\n".join("-" if math.isnan(v) else f"{v:.1f}" if m == "hd95" else f"{v:.3f}" for m, v in scores.items())
+
+
+def _nan_to_none(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _nan_to_none(value) for key, value in content.items()}
+    return None if isinstance(content, float) and math.isnan(content) else content
