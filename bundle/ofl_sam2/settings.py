@@ -1,7 +1,9 @@
 """Every switch of the method in one place; the defaults are what `learn`, `train` and `segment` use."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
+from numbers import Integral, Real
 from typing import Any
 
 from ofl_sam2.errors import InputError
@@ -14,6 +16,16 @@ class Order(str, Enum):
     FIRST_TO_LAST = "first_to_last"
 
 
+_RANGES = {
+    "gamma": (0, 1),
+    "memory_supports": (1, math.inf),
+    "recent": (0, 6),
+    "query_rate": (0, 1),
+    "support_floor": (0, 1),
+    "pool_slices": (1, math.inf),
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to segment; the ablations of the method are fields of it.
@@ -22,6 +34,7 @@ class Settings:
         online_branch: use the few-shot learner; off, SAM2's memory works alone (training-free retrieval).
         adaptive_fusion: gate both branches; off, their plain sum.
         online_update: learn from accepted slices of the volume at hand.
+        preconditioned: descend in the metric of the patch covariance; off, plain steepest descent.
         exact_ridge: solve the mapping network exactly instead of by steepest descent.
         order: slice order.
         gamma: confidence in [0, 1] from which a segmented slice is learned from.
@@ -36,11 +49,15 @@ class Settings:
         first_steps, update_steps: steps on the first query slice of a volume and on each one after it.
         pool_slices: labelled slices per structure that `learn` solves on.
         overlap: allow structures to overlap in the result.
+
+    Raises:
+        InputError: a value of another type, or out of range.
     """
 
     online_branch: bool = True
     adaptive_fusion: bool = True
     online_update: bool = True
+    preconditioned: bool = True
     exact_ridge: bool = False
     order: Order = Order.OUTWARD
     gamma: float = 0.8
@@ -51,20 +68,23 @@ class Settings:
     query_capacity: int = 20
     query_rate: float = 0.1
     support_floor: float = 0.25
-    learn_steps: int = 20
-    first_steps: int = 10
+    learn_steps: int = 10
+    first_steps: int = 5
     update_steps: int = 3
     pool_slices: int = 32
     overlap: bool = False
 
     def __post_init__(self) -> None:
+        if self.order not in tuple(Order):
+            raise InputError(f"order is {self.order!r}; choose {' or '.join(order.value for order in Order)}.")
         object.__setattr__(self, "order", Order(self.order))
-        if not 0 <= self.gamma <= 1:
-            raise InputError(f"gamma is {self.gamma}; it is a confidence between 0 and 1.")
-        if self.memory_supports < 1 or self.supports < self.memory_supports:
-            raise InputError("supports must be at least memory_supports, and memory_supports at least 1.")
-        if not 0 <= self.recent <= 6:
-            raise InputError(f"recent is {self.recent}; SAM2 attends to at most 6 recent slices.")
+        for field in fields(self):
+            _check(field.name, getattr(self, field.name), type(field.default))
+        if not max(self.memory_supports, self.absent_supports + 1) <= self.supports:
+            raise InputError(
+                f"supports is {self.supports}; it must be at least memory_supports ({self.memory_supports}) "
+                f"and more than absent_supports ({self.absent_supports})."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -79,5 +99,18 @@ class Settings:
         """
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise InputError(f"Unknown settings: {', '.join(unknown)}. Known: {', '.join(f.name for f in fields(cls))}.")
+            known = ", ".join(field.name for field in fields(cls))
+            raise InputError(f"Unknown settings: {', '.join(unknown)}. Known: {known}.")
         return cls(**values)
+
+
+def _check(name: str, value: Any, kind: type) -> None:
+    """Refuse a value that is not of the kind of its default, or out of range."""
+    numeric = kind in (int, float)
+    accepted: Any = {int: Integral, float: Real}.get(kind, kind)
+    if not isinstance(value, accepted) or (numeric and isinstance(value, bool)):
+        raise InputError(f"{name} is {value!r}; it must be of type {kind.__name__}.")
+    low, high = _RANGES.get(name, (0, math.inf))
+    if numeric and not low <= value <= high:
+        limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise InputError(f"{name} is {value}; it must be {limits}.")

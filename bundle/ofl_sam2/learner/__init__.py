@@ -1,0 +1,1 @@
+"""The online few-shot learner: label generator, steepest descent, fusion."""

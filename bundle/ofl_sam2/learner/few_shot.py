@@ -1,4 +1,4 @@
-"""The online few-shot learner: what is trained (projection, label generator, ridge, U, fusion) and what is solved (tau)."""
+"""The online few-shot learner: projection, label generator, ridge, U and fusion are trained, tau is solved."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ofl_sam2.learner.fusion import AdaptiveFusion
 from ofl_sam2.learner.label_generator import MaskedFeatureLabelGenerator, MaskLabelGenerator
-from ofl_sam2.learner.steepest_descent import Problem, convolve, descend, solve_ridge
+from ofl_sam2.learner.steepest_descent import Problem, convolve, descend, patch_metric, solve_ridge
 
 KERNEL = 3
 LABEL_GENERATORS: dict[str, Callable[[int, int], nn.Module]] = {
@@ -28,7 +28,7 @@ class FewShotLearner(nn.Module):
     """
 
     def __init__(
-        self, channels: int, inputs: int | None = None, encoding: int = 32, label_generator: str = "masked_features"
+        self, channels: int, inputs: int | None = None, encoding: int = 32, label_generator: str = "mask"
     ) -> None:
         super().__init__()
         self.channels, self.inputs, self.encoding = channels, inputs or channels // 4, encoding
@@ -39,9 +39,15 @@ class FewShotLearner(nn.Module):
         self.up = nn.Sequential(
             nn.Conv2d(encoding, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
         )
-        nn.init.zeros_(self.up[-1].weight)
-        nn.init.zeros_(self.up[-1].bias)
+        nn.init.kaiming_normal_(self.up[0].weight)
+        for parameter in self.up[-1].parameters():
+            nn.init.zeros_(parameter)
         self.fusion = AdaptiveFusion(channels)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether U was ever trained; before that the online branch has no effect."""
+        return any(bool(parameter.any()) for parameter in self.up[-1].parameters())
 
     def embed(self, features: Tensor) -> Tensor:
         """Learner input x `(B, C_x, h, w)`: projected features, scaled per image to mean square 1 / (C_x k^2)."""
@@ -67,9 +73,15 @@ class FewShotLearner(nn.Module):
         """The zero mapping network `(B, D, C_x, k, k)`."""
         return self.lam.new_zeros(classes, self.encoding, self.inputs, KERNEL, KERNEL)
 
-    def solve(self, tau: Tensor, problem: Problem, steps: int, exact: bool = False) -> Tensor:
+    def metric(self, x: Tensor) -> Tensor:
+        """Metric of the descent from samples `x (B, T, C_x, h, w)`; no gradient flows through it."""
+        return patch_metric(x, self.lam**2, KERNEL)
+
+    def solve(
+        self, tau: Tensor, problem: Problem, steps: int, metric: Tensor | None = None, exact: bool = False
+    ) -> Tensor:
         """Improve `tau` on the problem by steepest descent, or replace it by the exact ridge solution."""
-        return solve_ridge(problem, KERNEL) if exact else descend(tau, problem, steps)
+        return solve_ridge(problem, KERNEL) if exact else descend(tau, problem, steps, metric)
 
     def target_feature(self, x: Tensor, tau: Tensor) -> Tensor:
         """T = U(x conv tau) `(B, C, h, w)` of queries `x (B, C_x, h, w)`."""

@@ -10,8 +10,8 @@ class _Gate(nn.Module):
         super().__init__()
         self.reduce = nn.Conv2d(channels, channels // 4, 1)
         self.expand = nn.Conv2d(channels // 4, channels, 1)
-        nn.init.zeros_(self.expand.weight)
-        nn.init.zeros_(self.expand.bias)
+        for parameter in self.expand.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, value: Tensor) -> Tensor:
         return 2 * self.expand(self.reduce(value).relu()).sigmoid()

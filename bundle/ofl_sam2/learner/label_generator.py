@@ -15,8 +15,10 @@ class _Heads(nn.Module):
         super().__init__()
         self.encoding = nn.Conv2d(width, encoding, 3, padding=1)
         self.weight = nn.Conv2d(width, encoding, 3, padding=1)
-        nn.init.zeros_(self.weight.weight)
-        nn.init.ones_(self.weight.bias)
+        nn.init.kaiming_normal_(self.encoding.weight)
+        weight, bias = self.weight.parameters()
+        nn.init.zeros_(weight)
+        nn.init.ones_(bias)
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         return functional.relu(self.encoding(feature)), self.weight(feature)
@@ -40,6 +42,8 @@ class MaskLabelGenerator(nn.Module):
             nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
             nn.ReLU(),
         )
+        for layer in self.layers[::2]:
+            nn.init.kaiming_normal_(layer.weight)
         self.heads = _Heads(width, encoding)
 
     def forward(self, features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.grad import conv2d_weight
 
 _EPS = 1e-12
 
@@ -34,11 +35,9 @@ def convolve(x: Tensor, tau: Tensor) -> Tensor:
 
 def correlate(x: Tensor, residual: Tensor, kernel: int) -> Tensor:
     """Adjoint of `convolve` in tau, summed over samples: `(B, D, C, k, k)`."""
-    batch, samples, channels = x.shape[:3]
-    columns = functional.unfold(x.flatten(0, 1), kernel, padding=kernel // 2)
-    columns = columns.view(batch, samples, channels * kernel**2, -1)
-    weight = torch.einsum("btdp,btkp->bdk", residual.flatten(3), columns)
-    return weight.view(batch, -1, channels, kernel, kernel)
+    shape = (residual.shape[2], x.shape[2], kernel, kernel)
+    pairs = zip(x, residual, strict=True)
+    return torch.stack([conv2d_weight(inputs, shape, outputs, padding=kernel // 2) for inputs, outputs in pairs])
 
 
 def loss(tau: Tensor, problem: Problem) -> Tensor:
@@ -54,31 +53,65 @@ def gradient(tau: Tensor, problem: Problem) -> Tensor:
     return correlate(problem.x, residual, tau.shape[-1]) + problem.ridge * tau
 
 
-def step_length(direction: Tensor, problem: Problem) -> Tensor:
-    """Exact line search along `-direction`: |g|^2 / (sum |s (x * g)|^2 + lam^2 |g|^2), per class `(B,)`."""
-    squared = (direction**2).flatten(1).sum(1)
-    curvature = (problem.precision * convolve(problem.x, direction) ** 2).flatten(1).sum(1) + problem.ridge * squared
-    return squared / curvature.clamp_min(_EPS)
+def step_length(slope: Tensor, direction: Tensor, problem: Problem) -> Tensor:
+    """Exact line search along `-direction`: <g, d> / (sum |s (x * d)|^2 + lam^2 |d|^2), per class `(B,)`."""
+    descent = (slope * direction).flatten(1).sum(1)
+    bend = (problem.precision * convolve(problem.x, direction) ** 2).flatten(1).sum(1)
+    return descent / (bend + problem.ridge * (direction**2).flatten(1).sum(1)).clamp_min(_EPS)
 
 
-def descend(tau: Tensor, problem: Problem, steps: int) -> Tensor:
-    """Take `steps` steps of steepest descent; the loss of each class never rises."""
+def descend(tau: Tensor, problem: Problem, steps: int, metric: Tensor | None = None) -> Tensor:
+    """Take `steps` steps of steepest descent; the loss of each class never rises.
+
+    Args:
+        tau: where to start.
+        problem: what to minimise.
+        steps: how many.
+        metric: Cholesky factors `(B, K, K)` of `patch_metric`: steepest descent in that metric. Features are strongly
+            correlated, so plain descent (None) fits their mean first and hardly anything else.
+    """
     for _ in range(steps):
-        direction = gradient(tau, problem)
-        tau = tau - step_length(direction, problem)[:, None, None, None, None] * direction
+        slope = gradient(tau, problem)
+        direction = slope
+        if metric is not None:
+            columns = torch.cholesky_solve(slope.flatten(2).transpose(1, 2), metric)
+            direction = columns.transpose(1, 2).reshape(slope.shape)
+        tau = tau - step_length(slope, direction, problem)[:, None, None, None, None] * direction
     return tau
 
 
+@torch.no_grad()
+def patch_metric(x: Tensor, ridge: Tensor, kernel: int) -> Tensor:
+    """Cholesky factor of the mean patch covariance plus the ridge, per class `(B, K, K)`, K = C k^2.
+
+    With spatial weights of 1 and equal sample weights it is the Hessian of the inner problem, so that one step solves it.
+
+    Args:
+        x: `(B, T, C, h, w)`.
+        ridge: lam^2, scalar.
+        kernel: k.
+    """
+    factors = []
+    for samples in x:
+        columns = functional.unfold(samples, kernel, padding=kernel // 2).transpose(0, 1).flatten(1)
+        covariance = columns @ columns.T / len(samples)
+        damping = ridge + 1e-6 * covariance.diagonal().mean()
+        factors.append(torch.linalg.cholesky(covariance + damping * torch.eye(len(columns), dtype=x.dtype, device=x.device)))
+    return torch.stack(factors)
+
+
 def solve_ridge(problem: Problem, kernel: int) -> Tensor:
-    """The exact minimiser `(B, D, C, k, k)`, one linear system per class and encoding channel."""
-    batch, samples, channels = problem.x.shape[:3]
-    columns = functional.unfold(problem.x.flatten(0, 1), kernel, padding=kernel // 2)
-    columns = columns.view(batch, samples, channels * kernel**2, -1).transpose(1, 2).flatten(2)
-    identity = torch.eye(columns.shape[1], dtype=columns.dtype, device=columns.device)
+    """The exact minimiser `(B, D, C, k, k)`, one linear system per class and encoding channel; needs a ridge > 0."""
+    classes = zip(problem.x, problem.encoding, problem.precision, strict=True)
+    return torch.stack([_solve_class(x, e, precision, problem.ridge, kernel) for x, e, precision in classes])
+
+
+def _solve_class(x: Tensor, encoding: Tensor, precision: Tensor, ridge: Tensor, kernel: int) -> Tensor:
+    """`(D, C, k, k)` of one class: `x (T, C, h, w)`, `encoding` and `precision (T, D, h, w)`."""
+    columns = functional.unfold(x, kernel, padding=kernel // 2).transpose(0, 1).flatten(1)
+    damping = ridge * torch.eye(len(columns), dtype=columns.dtype, device=columns.device)
     solutions = []
-    for channel in range(problem.encoding.shape[2]):
-        weighted = columns * problem.precision[:, :, channel].flatten(1)[:, None]
-        right = torch.einsum("bkm,bm->bk", weighted, problem.encoding[:, :, channel].flatten(1))
-        gram = weighted @ columns.transpose(1, 2) + problem.ridge * identity
-        solutions.append(torch.linalg.solve(gram, right))
-    return torch.stack(solutions, 1).view(batch, -1, channels, kernel, kernel)
+    for target, weight in zip(encoding.transpose(0, 1).flatten(1), precision.transpose(0, 1).flatten(1), strict=True):
+        weighted = columns * weight
+        solutions.append(torch.linalg.solve(weighted @ columns.T + damping, weighted @ target))
+    return torch.stack(solutions).view(-1, x.shape[1], kernel, kernel)

@@ -1,0 +1,254 @@
+"""The command line: `ofl-sam2`, or `python -m ofl_sam2`."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import click
+import typer
+
+from ofl_sam2 import __version__
+from ofl_sam2.console import cancel_on_interrupt, err, out, peak_memory_gb, progress, write_json
+from ofl_sam2.errors import Cancelled, InputError, OFLError
+
+app = typer.Typer(
+    help="Label a few volumes, segment the rest: SAM2 with an online few-shot learner, without prompts.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+weights_app = typer.Typer(help="SAM2.1 weights: list, fetch, verify.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(weights_app, name="weights")
+
+Images = Annotated[Path, typer.Option(help="Folder of images: .nii .nii.gz .nrrd .mha files, DICOM or frame folders.")]
+Labels = Annotated[Path, typer.Option(help="Folder of label maps; a label has the name of its image.")]
+Model = Annotated[Path, typer.Option(help="Folder of the learned model.")]
+Cases = Annotated[Optional[str], typer.Option(help="Case names, separated by commas; default all with a label.")]
+Structures = Annotated[Optional[str], typer.Option(help='What to learn, such as "1=anterior,2=posterior".')]
+Backbone = Annotated[str, typer.Option(help="nano, or a SAM2.1 model whose weights were fetched.")]
+ImageSize = Annotated[Optional[int], typer.Option(help="Input side in pixels, a multiple of 32.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the result to this JSON file.")]
+CacheDir = Annotated[Optional[Path], typer.Option(help="Folder of cached features; default the user's cache.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if the folder holds a model.")]
+IgnoreEmpty = Annotated[
+    bool, typer.Option("--ignore-empty-slices", help="Slices without any label are unlabelled, not empty.")
+]
+
+
+@app.command()
+def learn(
+    images: Images,
+    labels: Labels,
+    model: Model,
+    cases: Cases = None,
+    structures: Structures = None,
+    backbone: Backbone = "nano",
+    image_size: ImageSize = None,
+    device: Device = "cpu",
+    ignore_empty_slices: IgnoreEmpty = False,
+    fresh: Fresh = False,
+    cache_dir: CacheDir = None,
+    json: Json = None,
+) -> None:
+    """Learn structures from labelled volumes, in seconds. A model that exists is extended."""
+    from ofl_sam2.jobs import learn_cases, open_segmenter
+
+    started = time.perf_counter()
+    with cancel_on_interrupt() as cancel:
+        segmenter = open_segmenter(model, backbone, image_size, device, cache_dir, fresh)
+        result = learn_cases(
+            segmenter, images, labels, model, _names(cases), structures, ignore_empty_slices, cancel
+        )
+    result |= {"seconds": round(time.perf_counter() - started, 2), "peak_memory_gb": round(peak_memory_gb(), 2)}
+    names = ", ".join(f"{value}={name}" for value, name in result["structures"].items())
+    out.print(f"Learned {names} from {result['slices']} slices of {len(result['cases'])} cases in {result['seconds']} s.")
+    if result["fitted"] is False:
+        err.print(f"The learner is not fitted to {backbone} yet: run 'ofl-sam2 train' before you rely on the result.")
+    out.print(f"Model: {model}")
+    write_json(json, result)
+
+
+@app.command()
+def train(
+    images: Images,
+    labels: Labels,
+    model: Model,
+    cases: Cases = None,
+    structures: Structures = None,
+    backbone: Backbone = "nano",
+    image_size: ImageSize = None,
+    device: Device = "cpu",
+    ignore_empty_slices: IgnoreEmpty = False,
+    fresh: Fresh = False,
+    cache_dir: CacheDir = None,
+    minutes: Annotated[float, typer.Option(help="Time limit of the training.")] = 5.0,
+    epochs: Annotated[Optional[int], typer.Option(help="Limit in epochs of 10 steps, if that comes first.")] = None,
+    seed: Annotated[int, typer.Option(help="Of augmentation and episodes.")] = 0,
+    json: Json = None,
+) -> None:
+    """Fit learner and fusion to all labelled volumes, in minutes. An interrupted training goes on."""
+    from ofl_sam2.jobs import learn_cases, open_segmenter, train_cases
+    from ofl_sam2.training.trainer import TrainingSettings
+
+    settings = TrainingSettings(minutes=minutes, epochs=epochs, seed=seed)
+    started = time.perf_counter()
+    with cancel_on_interrupt() as cancel:
+        segmenter = open_segmenter(model, backbone, image_size, device, cache_dir, fresh)
+        result = learn_cases(
+            segmenter, images, labels, model, _names(cases), structures, ignore_empty_slices, cancel
+        )
+        reports = train_cases(segmenter, images, labels, model, result["cases"], settings, ignore_empty_slices, cancel)
+    result |= {
+        "epochs": len(reports),
+        "losses": [round(report.loss, 4) for report in reports],
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_memory_gb": round(peak_memory_gb(), 2),
+    }
+    last = f", loss {reports[0].loss:.3f} -> {reports[-1].loss:.3f}" if reports else ""
+    out.print(f"Trained {len(reports)} epochs on {len(result['cases'])} cases in {result['seconds']} s{last}.")
+    out.print(f"Model: {model}")
+    write_json(json, result)
+
+
+@app.command()
+def segment(
+    model: Model,
+    image: Annotated[list[Path], typer.Option(help="Image file, DICOM series or frame folder; may be repeated.")],
+    output: Annotated[Path, typer.Option(help="Folder for the label maps.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Skip images whose label map is there already.")] = False,
+    device: Device = "cpu",
+    cache_dir: CacheDir = None,
+    json: Json = None,
+) -> None:
+    """Segment new images with a learned model. A label map has the grid of its image."""
+    from ofl_sam2.jobs import segment_images
+
+    with cancel_on_interrupt() as cancel:
+        results = segment_images(model, image, output, resume, device, cache_dir, cancel)
+    out.print(f"{len(results)} label maps are in {output}; peak memory {peak_memory_gb():.2f} GB.")
+    write_json(json, {"results": results, "peak_memory_gb": round(peak_memory_gb(), 2)})
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Option(help="Folder of predicted label maps.")],
+    labels: Labels,
+    cases: Cases = None,
+    structures: Structures = None,
+    metrics: Annotated[str, typer.Option(help="Any of dice, hd95, surface_dice, separated by commas.")] = "dice",
+    json: Json = None,
+) -> None:
+    """Score label maps against references."""
+    from ofl_sam2.atomic import atomic_write_text
+    from ofl_sam2.dataset import parse_structures
+    from ofl_sam2.evaluation import evaluate_folders
+
+    names = parse_structures(structures) if structures else None
+    report = evaluate_folders(predictions, labels, _names(cases), tuple(_names(metrics) or ()), names)
+    out.print(report.table())
+    if json is not None:
+        atomic_write_text(json, report.to_json())
+
+
+@app.command()
+def synth(
+    output: Annotated[Path, typer.Option(help="Folder for images/ and labels/.")],
+    cases: Annotated[int, typer.Option(help="How many patients.", min=1)],
+    seed: Annotated[int, typer.Option(help="Of the anatomy.")] = 0,
+) -> None:
+    """Write synthetic labelled volumes that share a random anatomy."""
+    from ofl_sam2.training.cohort import write_cohort
+
+    names = write_cohort(output, cases, seed)
+    out.print(f"{len(names)} synthetic cases are in {output}/images and {output}/labels.")
+
+
+@app.command()
+def pretrain(
+    output: Annotated[Path, typer.Option(help="nano's weights (.safetensors); the learner's are written beside them.")],
+    minutes: Annotated[float, typer.Option(help="Time budget of all stages together.")] = 60.0,
+    device: Device = "cpu",
+    resume: Annotated[Optional[Path], typer.Option(help="Checkpoint of an earlier run.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights and synthetic volumes.")] = 0,
+) -> None:
+    """Pretrain nano and its learner from scratch on synthetic volumes."""
+    from ofl_sam2.jobs import pretrain_nano
+
+    with cancel_on_interrupt() as cancel:
+        steps = pretrain_nano(output, minutes, device, resume, seed, cancel)
+    out.print(f"{steps} steps done. Weights: {output}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo_output"),
+    minutes: Annotated[float, typer.Option(help="Training time; 0 learns only.")] = 3.0,
+    download: Annotated[bool, typer.Option("--download", help="Fetch MSD Task04 (hippocampus) first.")] = False,
+) -> None:
+    """Learn from two labelled volumes, segment the others, score and picture the result."""
+    from ofl_sam2.demo import run_demo
+
+    with cancel_on_interrupt() as cancel:
+        run_demo(output, minutes, download, cancel)
+
+
+@weights_app.command("list")
+def weights_list() -> None:
+    """List the backbones and where their weights are."""
+    from ofl_sam2.backbone.load import NANO_WEIGHTS
+    from ofl_sam2.backbone.weights import CATALOGUE, weights_path
+
+    rows = [("nano", NANO_WEIGHTS), *((name, weights_path(name)) for name in CATALOGUE)]
+    for name, path in rows:
+        out.print(f"{name:24s} {'present' if path.is_file() else 'absent '} {path}", soft_wrap=True)
+
+
+@weights_app.command("fetch")
+def weights_fetch(name: Annotated[str, typer.Argument(help="Name from 'weights list'.")]) -> None:
+    """Download and verify SAM2.1 weights; an interrupted download goes on."""
+    from ofl_sam2.backbone.weights import fetch
+
+    out.print(f"{name}: {fetch(name)}", soft_wrap=True)
+
+
+@weights_app.command("verify")
+def weights_verify(path: Annotated[Path, typer.Argument(help="A weights file.")]) -> None:
+    """Identify a weights file by its sha256."""
+    from ofl_sam2.backbone.weights import verify
+
+    out.print(f"{path} is {verify(path).name}, intact.", soft_wrap=True)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+def _names(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InputError("The list of names is empty. Separate names by commas, or leave the option out.")
+    return names
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exit code 2 and one line for bad input, 130 when cancelled."""
+    try:
+        code = app(args=arguments, prog_name="ofl-sam2", standalone_mode=False)
+    except (Cancelled, KeyboardInterrupt) as error:
+        err.print(str(error) or "Interrupted.", markup=False, soft_wrap=True)
+        sys.exit(130)
+    except OFLError as error:
+        err.print(f"Error: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    sys.exit(code or 0)

@@ -1,0 +1,80 @@
+"""What the command line shows: progress bars on a terminal, plain lines elsewhere, one line for an error."""
+
+import json
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from tqdm import tqdm
+
+from ofl_sam2.atomic import atomic_write_text
+from ofl_sam2.progress import CancelToken, Progress
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+_LINE_SECONDS = 10.0
+
+
+@contextmanager
+def progress(title: str, unit: str = "slice") -> Iterator[Progress]:
+    """Show the progress of one task: a bar on a terminal, else a line now and then."""
+    if not sys.stderr.isatty():
+        yield _Lines(title, unit)
+        return
+    with tqdm(desc=title, unit=unit, leave=False, file=sys.stderr) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+
+
+class _Lines:
+    """Plain progress lines for logs, at most one in ten seconds."""
+
+    def __init__(self, title: str, unit: str) -> None:
+        self.title, self.unit, self.last = title, unit, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.last >= _LINE_SECONDS:
+            self.last = time.monotonic()
+            err.print(f"{self.title}: {done} of {total} {self.unit}s")
+
+
+@contextmanager
+def cancel_on_interrupt() -> Iterator[CancelToken]:
+    """A token that the first Ctrl-C (or SIGTERM) cancels; the second one interrupts at once."""
+    token = CancelToken()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if token.cancelled:
+            raise KeyboardInterrupt
+        err.print("Stopping after the current step; finished work is kept. Press Ctrl-C again to stop at once.")
+        token.cancel()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield token
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Write a result for machines, if a path is given."""
+    if path is not None:
+        atomic_write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far, in GB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

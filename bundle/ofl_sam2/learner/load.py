@@ -1,0 +1,48 @@
+"""Learners ready for use: fresh, shipped with a backbone, or read from a file."""
+
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+
+from ofl_sam2.backbone.weights import load_strict, read_state
+from ofl_sam2.errors import WeightsError
+from ofl_sam2.learner.few_shot import FewShotLearner
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+
+
+def shipped_learner(backbone: str, channels: int) -> FewShotLearner:
+    """The learner meta-trained for a backbone; a fresh one where none is shipped.
+
+    Args:
+        backbone: name of the backbone.
+        channels: C of its stride-16 feature.
+    """
+    path = WEIGHTS / f"{backbone}_learner.safetensors"
+    return read_learner(path) if path.is_file() else FewShotLearner(channels)
+
+
+def learner_bytes(learner: FewShotLearner) -> bytes:
+    """A learner with its shape as the content of a safetensors file."""
+    shape = {name: str(getattr(learner, name)) for name in ("channels", "inputs", "encoding", "kind")}
+    return save({name: value.cpu().contiguous() for name, value in learner.state_dict().items()}, shape)
+
+
+def read_learner(path: Path, sha256: str | None = None) -> FewShotLearner:
+    """Read a learner; the sha256, if given, is checked before anything is parsed.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or no learner.
+    """
+    state = read_state(path, sha256)
+    with safe_open(path, "pt") as file:
+        shape = file.metadata() or {}
+    try:
+        learner = FewShotLearner(
+            int(shape["channels"]), int(shape["inputs"]), int(shape["encoding"]), label_generator=shape["kind"]
+        )
+    except (KeyError, ValueError) as error:
+        raise WeightsError(f"{path} is no few-shot learner: its header lacks {error}. Train or learn again.") from error
+    load_strict(learner, state, source=str(path))
+    return learner

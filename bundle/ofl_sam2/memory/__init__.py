@@ -1,0 +1,1 @@
+"""What is kept: labelled slices, the learner's working set, frozen features."""

@@ -1,0 +1,166 @@
+"""The pool of labelled slices and how a query slice retrieves its supports from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ofl_sam2.backbone.frozen import ImageFeatures
+
+DESCRIPTOR_SIDE = 8
+
+
+def describe(stride16: Tensor) -> Tensor:
+    """Unit descriptors `(N, d)` of stride-16 features `(N, C, h, w)`, for retrieval by cosine similarity."""
+    return functional.normalize(functional.adaptive_avg_pool2d(stride16.float(), DESCRIPTOR_SIDE).flatten(1), dim=1)
+
+
+@dataclass(frozen=True)
+class PooledCase:
+    """The labelled slices of one case, or an augmented copy of them.
+
+    Attributes:
+        name: of the case.
+        slices: their indices in the case, S of them.
+        features: frozen features, float16, of S slices.
+        labels: `(S, size, size)` uint8 or int16, label values at input resolution.
+    """
+
+    name: str
+    slices: tuple[int, ...]
+    features: ImageFeatures
+    labels: Tensor
+
+    @cached_property
+    def descriptors(self) -> Tensor:
+        """`(S, d)`, see `describe`."""
+        return describe(self.features.stride16)
+
+    @cached_property
+    def present(self) -> list[frozenset[int]]:
+        """Label values in each slice."""
+        return [frozenset(torch.unique(labels).tolist()) - {0} for labels in self.labels]
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def slice(self, row: int) -> ImageFeatures:
+        """Features of one slice, float32, N = 1."""
+        features = self.features[row : row + 1]
+        return ImageFeatures(features.stride4.float(), features.stride8.float(), features.stride16.float())
+
+    def mask(self, row: int, value: int) -> Tensor:
+        """Mask `(size, size)` in {0, 1} of one structure in one slice."""
+        return (self.labels[row] == value).float()
+
+
+@dataclass(frozen=True)
+class SupportKey:
+    """One labelled slice: the case and the row among its labelled slices."""
+
+    case: str
+    row: int
+
+
+class SupportPool:
+    """Every labelled slice; nothing leaves but by the user's wish."""
+
+    def __init__(self) -> None:
+        self.cases: dict[str, PooledCase] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self.cases.values()))
+
+    def add(self, case: PooledCase) -> None:
+        """Add a case, or replace the one of that name."""
+        self.cases[case.name] = case
+
+    def remove(self, name: str) -> None:
+        """Take a case out.
+
+        Raises:
+            KeyError: no such case.
+        """
+        del self.cases[name]
+
+    def values(self) -> tuple[int, ...]:
+        """All label values, ascending."""
+        return tuple(sorted(set().union(*(value for case in self.cases.values() for value in case.present))))
+
+    def features(self, key: SupportKey) -> ImageFeatures:
+        """See `PooledCase.slice`."""
+        return self.cases[key.case].slice(key.row)
+
+    def mask(self, key: SupportKey, value: int) -> Tensor:
+        """See `PooledCase.mask`."""
+        return self.cases[key.case].mask(key.row, value)
+
+    def retrieve(self, descriptor: Tensor, value: int, count: int, absent: int) -> list[SupportKey]:
+        """The labelled slices most similar to a query, present ones first, each group by falling similarity.
+
+        Args:
+            descriptor: `(d,)` of the query, see `describe`.
+            value: structure.
+            count: how many slices at most, at least one.
+            absent: how many of them without the structure, if there are such; one with it always stays.
+
+        Returns:
+            At least one key; without the structure only where no slice has it.
+        """
+        ranked = self._ranked(descriptor)
+        with_it = [key for key in ranked if value in self._present(key)]
+        without = [key for key in ranked if value not in self._present(key)]
+        absent = min(absent, count - 1) if with_it else max(absent, 1)
+        without = without[: min(absent, count)]
+        return with_it[: count - len(without)] + without
+
+    def spread(self, value: int, count: int) -> list[SupportKey]:
+        """Up to `count` slices, as many of each case as it has to give, three of four with the structure."""
+        cases = [[SupportKey(name, row) for row in range(len(case))] for name, case in self.cases.items()]
+        with_it = [[key for key in keys if value in self._present(key)] for keys in cases]
+        without = [[key for key in keys if value not in self._present(key)] for keys in cases]
+        absent = min(count // 4, sum(map(len, without)))
+        return _spread(with_it, count - absent) + _spread(without, absent)
+
+    def similarity(self, descriptors: Tensor) -> Tensor:
+        """Highest cosine similarity `(N,)` of descriptors `(N, d)` to any labelled slice with a structure."""
+        rows = [
+            case.descriptors[[i for i, values in enumerate(case.present) if values]] for case in self.cases.values()
+        ]
+        return (descriptors @ torch.cat(rows).T).amax(1)
+
+    def _present(self, key: SupportKey) -> frozenset[int]:
+        return self.cases[key.case].present[key.row]
+
+    def _ranked(self, descriptor: Tensor) -> list[SupportKey]:
+        scored = [
+            (-score, name, row)
+            for name, case in self.cases.items()
+            for row, score in enumerate((case.descriptors @ descriptor).tolist())
+        ]
+        return [SupportKey(name, row) for _, name, row in sorted(scored)]
+
+
+def label_map(masks: Tensor, values: Sequence[int]) -> Tensor:
+    """One label map `(size, size)` from soft masks `(K, size, size)`: the likeliest of background and structures."""
+    background = 1 - masks.sum(0, keepdim=True)
+    winner = torch.cat([background, masks]).argmax(0)
+    lookup = torch.tensor([0, *values], dtype=torch.uint8 if max(values) < 256 else torch.int16)
+    return lookup[winner]
+
+
+def _spread(cases: Sequence[list[SupportKey]], count: int) -> list[SupportKey]:
+    """Share `count` equally between the cases; what small ones cannot give, larger ones do."""
+    chosen: list[SupportKey] = []
+    for waiting, keys in zip(range(len(cases), 0, -1), sorted(cases, key=len), strict=True):
+        chosen += _evenly(keys, (count - len(chosen)) // waiting)
+    return chosen
+
+
+def _evenly(items: list[SupportKey], count: int) -> list[SupportKey]:
+    if len(items) <= count:
+        return items
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]

@@ -1,0 +1,1 @@
+"""Fit learner and fusion to labelled volumes, and pretrain nano on synthetic anatomy."""

@@ -1,0 +1,45 @@
+"""Losses on the decoder's own logits, taken before SAM2 overwrites the masks of absent objects."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ofl_sam2.backbone.frozen import Decoded
+
+
+def shrink_masks(masks: Tensor, side: int) -> Tensor:
+    """Reduce masks `(B, H, W)` in [0, 1] to `(B, side, side)` by area."""
+    return functional.interpolate(masks[:, None], size=(side, side), mode="area")[:, 0]
+
+
+def soft_iou(logits: Tensor, masks: Tensor) -> Tensor:
+    """IoU `(B,)` of thresholded logits with thresholded masks, both `(B, h, w)`; 1 where both are empty."""
+    predicted, true = logits > 0, masks > 0.5
+    union = (predicted | true).flatten(1).sum(1)
+    return torch.where(union > 0, (predicted & true).flatten(1).sum(1) / union.clamp_min(1), 1.0)
+
+
+def segmentation_loss(
+    decoded: Decoded,
+    masks: Tensor,
+    *,
+    cross_entropy: float = 1.0,
+    dice: float = 1.0,
+    presence: float = 0.2,
+    iou: float = 0.2,
+) -> Tensor:
+    """Weighted loss of B decoded objects against masks `(B, size, size)` in [0, 1].
+
+    Cross-entropy, Dice and the IoU loss (squared error of the predicted IoU) count where the object is present, the
+    presence loss everywhere. SAM2's own tracking losses in a light form.
+    """
+    target = shrink_masks(masks, decoded.logits.shape[-1])
+    present = (masks.flatten(1).amax(1) > 0).float()
+    probability = decoded.logits.sigmoid()
+    entropy = functional.binary_cross_entropy_with_logits(decoded.logits, target, reduction="none").flatten(1).mean(1)
+    overlap = (probability * target).flatten(1).sum(1)
+    dice_loss = 1 - (2 * overlap + 1) / (probability.flatten(1).sum(1) + target.flatten(1).sum(1) + 1)
+    quality = (decoded.iou - soft_iou(decoded.logits, target)) ** 2
+    per_object = present * (cross_entropy * entropy + dice * dice_loss + iou * quality)
+    presence_loss = functional.binary_cross_entropy_with_logits(decoded.presence, present)
+    return per_object.sum() / present.sum().clamp_min(1) + presence * presence_loss

@@ -1,0 +1,274 @@
+"""Pretrain nano on synthetic anatomy: SAM2's own objectives, joint stages, then learner and fusion on the result.
+
+The stages share one time budget. At first the images are small, because a step then costs a quarter.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader
+
+from ofl_sam2.atomic import atomic_path
+from ofl_sam2.backbone.configs import backbone_config
+from ofl_sam2.backbone.frozen import Decoded, ImageFeatures, SAM2Backbone
+from ofl_sam2.errors import InputError
+from ofl_sam2.learner.few_shot import FewShotLearner
+from ofl_sam2.progress import CancelToken
+from ofl_sam2.training.episodes import Episode, unroll
+from ofl_sam2.training.losses import segmentation_loss, shrink_masks
+from ofl_sam2.training.synthetic_episodes import Episodes, SyntheticEpisodes
+
+_WARM_UP = 30
+_EMA = 0.998
+_CHECKPOINT_SECONDS = 120
+_TEACHER_FORCING = 0.3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the pretraining.
+
+    Attributes:
+        name: in logs and model card.
+        share: of the time budget.
+        size: image side in pixels.
+        episodes, objects: per step.
+        rate: peak learning rate.
+        train_backbone: whether SAM2 is trained, with its memory alone.
+        train_learner: whether learner and fusion are trained.
+    """
+
+    name: str
+    share: float
+    size: int
+    episodes: int
+    objects: int
+    rate: float
+    train_backbone: bool
+    train_learner: bool
+
+
+STAGES = (
+    Stage("memory, small", 0.25, 128, 6, 3, 6e-4, True, False),
+    Stage("joint, small", 0.30, 128, 6, 3, 6e-4, True, True),
+    Stage("joint", 0.30, 256, 4, 3, 3e-4, True, True),
+    Stage("learner", 0.15, 256, 4, 4, 1e-3, False, True),
+)
+
+
+@dataclass
+class PretrainingState:
+    """What a checkpoint holds: weights, their running averages, and how much was done."""
+
+    backbone: SAM2Backbone
+    learner: FewShotLearner
+    average: nn.ModuleDict
+    step: int = 0
+    spent: float = 0.0
+
+    @classmethod
+    def fresh(cls, seed: int) -> "PretrainingState":
+        """Random weights."""
+        torch.manual_seed(seed)
+        backbone = SAM2Backbone(backbone_config("nano"))
+        learner = FewShotLearner(backbone.width)
+        average = copy.deepcopy(nn.ModuleDict({"backbone": backbone, "learner": learner})).requires_grad_(False)
+        return cls(backbone, learner, average)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint atomically; with several processes the first one does."""
+        if _rank():
+            return
+        state = {
+            "backbone": self.backbone.state_dict(),
+            "learner": self.learner.state_dict(),
+            "average": self.average.state_dict(),
+            "step": self.step,
+            "spent": self.spent,
+        }
+        with atomic_path(path) as temporary:
+            torch.save(state, temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> "PretrainingState":
+        """Read a checkpoint."""
+        if not path.is_file():
+            raise InputError(f"There is no checkpoint {path} to resume from. Leave --resume out to start anew.")
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        state = cls.fresh(0)
+        state.backbone.load_state_dict(saved["backbone"])
+        state.learner.load_state_dict(saved["learner"])
+        state.average.load_state_dict(saved["average"])
+        state.step, state.spent = saved["step"], saved["spent"]
+        return state
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step: stage, number, share of the budget spent, loss, and Dice of the last query slice by branch."""
+
+    stage: str
+    step: int
+    share: float
+    loss: float
+    memory_dice: float
+    online_dice: float
+
+
+def pretrain(
+    state: PretrainingState,
+    checkpoint: Path,
+    minutes: float,
+    device: str = "cpu",
+    seed: int = 0,
+    stages: tuple[Stage, ...] = STAGES,
+    cancel: CancelToken | None = None,
+    workers: int = 1,
+) -> Iterator[StepReport]:
+    """Run what is left of a time budget, yielding a report per step and writing checkpoints.
+
+    Args:
+        state: fresh, or loaded from a checkpoint; changed in place.
+        checkpoint: where to save.
+        minutes: the whole budget, including what the state has spent already.
+        device: "cpu" or "cuda".
+        seed: of the synthetic episodes.
+        stages: their shares sum to 1.
+        cancel: to stop early; the checkpoint is written.
+        workers: processes that draw synthetic volumes.
+    """
+    modules = nn.ModuleDict({"backbone": state.backbone, "learner": state.learner}).to(device)
+    state.average.to(device)
+    plan, ends = _Plan(checkpoint, 60 * minutes, device, seed, cancel or CancelToken(), workers), 0.0
+    for stage in stages:
+        begins, ends = ends, ends + stage.share * plan.budget
+        if state.spent >= ends:
+            continue
+        if not stage.train_backbone:
+            modules.load_state_dict(state.average.state_dict())
+        yield from _run_stage(state, stage, (begins, ends), plan)
+        state.save(checkpoint)
+        if plan.cancel.cancelled:
+            return
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all stages share, see `pretrain`; `budget` in seconds."""
+
+    checkpoint: Path
+    budget: float
+    device: str
+    seed: int
+    cancel: CancelToken
+    workers: int
+
+
+def _run_stage(state: PretrainingState, stage: Stage, window: tuple[float, float], plan: _Plan) -> Iterator[StepReport]:
+    """Train until the seconds spent leave `window`."""
+    state.backbone.resize(stage.size)
+    state.backbone.requires_grad_(stage.train_backbone)
+    state.learner.requires_grad_(stage.train_learner)
+    trained = [p for p in (*state.backbone.parameters(), *state.learner.parameters()) if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=stage.rate, weight_decay=0.02, betas=(0.9, 0.98))
+    batches = _batches(stage, plan.seed + state.step + 10**6 * _rank(), plan.workers)
+    first, saved = state.step, state.spent
+    while state.spent < window[1] and not plan.cancel.cancelled:
+        started = time.perf_counter()
+        done = (state.spent - window[0]) / (window[1] - window[0])
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(stage, state.step - first, done)
+        outputs = _objective(state, stage, next(batches).to(plan.device))
+        loss = torch.stack([segmentation_loss(*pair) for branch in outputs for pair in branch]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        state.spent = _synchronise(trained, state.spent + time.perf_counter() - started)
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        state.step += 1
+        _average(state)
+        dice = [mean_dice(*branch[-1]) if branch else math.nan for branch in outputs]
+        yield StepReport(stage.name, state.step, state.spent / plan.budget, float(loss), *dice)
+        if state.spent - saved > _CHECKPOINT_SECONDS:
+            state.save(plan.checkpoint)
+            saved = state.spent
+
+
+def _rate(stage: Stage, steps: int, done: float) -> float:
+    """Learning rate after a linear warm-up and a cosine decay to a tenth, `done` in [0, 1]."""
+    warm = min(1.0, (steps + 1) / _WARM_UP)
+    return stage.rate * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def _rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def _synchronise(parameters: list[nn.Parameter], spent: float) -> float:
+    """Average gradients and the time spent over all processes of a `torch.distributed` group; return the latter."""
+    if not distributed.is_initialized():
+        return spent
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([spent])])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    parts = flat[:-1].split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+    return float(flat[-1])
+
+
+def _batches(stage: Stage, seed: int, workers: int) -> Iterator[Episodes]:
+    data = SyntheticEpisodes(stage.size, stage.episodes, stage.objects, seed=seed)
+    return iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
+
+
+def _objective(state: PretrainingState, stage: Stage, batch: Episodes) -> list[list[tuple[Decoded, Tensor]]]:
+    """Decoded queries and their masks, for the memory branch and for the online branch."""
+    with torch.set_grad_enabled(stage.train_backbone):
+        episode = to_episode(state.backbone, batch)
+    branches: list[list[tuple[Decoded, Tensor]]] = [[], []]
+    learners: Iterable[FewShotLearner | None] = [None] * stage.train_backbone + [state.learner] * stage.train_learner
+    for learner in learners:
+        outputs = unroll(state.backbone, learner, episode, _TEACHER_FORCING)
+        branches[learner is not None] = list(zip(outputs, episode.query_masks, strict=True))
+    return branches
+
+
+def to_episode(backbone: SAM2Backbone, batch: Episodes) -> Episode:
+    """Encode all images of a batch once and line its E x O objects up."""
+    episodes, supports, objects = batch.support_masks.shape[:3]
+    images = torch.cat([batch.support_images, batch.query_images], 1)
+    features = backbone.encode_images(images.flatten(0, 1)[:, None].expand(-1, 3, -1, -1))
+    masks = torch.cat([batch.support_masks, batch.query_masks], 1)
+    rows = torch.arange(episodes, device=images.device).repeat_interleave(objects) * images.shape[1]
+
+    def column(first: int, last: int) -> tuple[list[ImageFeatures], list[Tensor]]:
+        return [features[rows + i] for i in range(first, last)], [masks[:, i].flatten(0, 1) for i in range(first, last)]
+
+    support_features, support_masks = column(0, supports)
+    memories = [backbone.remember_mask(*pair) for pair in zip(support_features, support_masks, strict=True)]
+    return Episode(memories, [f.stride16 for f in support_features], support_masks, *column(supports, images.shape[1]))
+
+
+@torch.no_grad()
+def mean_dice(decoded: Decoded, masks: Tensor) -> float:
+    """Mean Dice of the objects that are present, at logit size."""
+    predicted, true = decoded.masks() > 0, shrink_masks(masks, decoded.logits.shape[-1]) > 0.5
+    overlap, total = (predicted & true).flatten(1).sum(1), predicted.flatten(1).sum(1) + true.flatten(1).sum(1)
+    present = true.flatten(1).any(1)
+    return float((2 * overlap / total.clamp_min(1))[present].mean())
+
+
+@torch.no_grad()
+def _average(state: PretrainingState) -> None:
+    decay = min(_EMA, (1 + state.step) / (20 + state.step))
+    current = (*state.backbone.parameters(), *state.learner.parameters())
+    for mean, value in zip(state.average.parameters(), current, strict=True):
+        mean.lerp_(value, 1 - decay)

@@ -1,0 +1,256 @@
+"""Fit learner and fusion to labelled volumes: an Ignite engine over few-shot episodes on cached frozen features."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from ofl_sam2.atomic import atomic_path
+from ofl_sam2.backbone.frozen import ImageFeatures
+from ofl_sam2.dataset import LabelledCase
+from ofl_sam2.errors import InputError, ModelError
+from ofl_sam2.memory.pool import PooledCase
+from ofl_sam2.progress import CancelToken, Progress
+from ofl_sam2.segmenter import VolumeSegmenter
+from ofl_sam2.training.augmentation import augment
+from ofl_sam2.training.bank import EpisodeBank
+from ofl_sam2.training.episodes import unroll
+from ofl_sam2.training.losses import segmentation_loss
+from ofl_sam2.training.synthetic import Dice
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How long and how to train.
+
+    Attributes:
+        minutes: wall time for episodes; encoding the augmented copies comes on top.
+        epochs: limit in epochs, if given; whichever comes first. The learning rate then falls with the epochs, not with
+            the time, so that a seed reproduces the result.
+        steps_per_epoch: steps between two reports and checkpoints.
+        episodes: per step.
+        rate: peak learning rate of AdamW; the projection P learns at `projection_rate` times it.
+        projection_rate: see `rate`.
+        copies: most augmented copies of each volume.
+        max_slices: bound on the slices (copies included) held in memory.
+        seed: of augmentation and episodes.
+    """
+
+    minutes: float = 5.0
+    epochs: int | None = None
+    steps_per_epoch: int = 10
+    episodes: int = 4
+    rate: float = 5e-4
+    projection_rate: float = 0.2
+    copies: int = 8
+    max_slices: int = 800
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.minutes <= 0 or (self.epochs is not None and self.epochs <= 0):
+            raise InputError("Training needs a positive number of minutes and epochs.")
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """Progress of a training: epoch, its mean loss, share of the budget used in [0, 1], seconds so far."""
+
+    epoch: int
+    loss: float
+    share: float
+    seconds: float
+
+
+def train(
+    segmenter: VolumeSegmenter,
+    cases: Sequence[LabelledCase],
+    settings: TrainingSettings | None = None,
+    checkpoint: Path | None = None,
+    report: Callable[[EpochReport], None] | None = None,
+    encoded: Progress | None = None,
+    cancel: CancelToken | None = None,
+) -> list[EpochReport]:
+    """Fit learner and fusion of a segmenter that has learned these cases; SAM2 stays as it is.
+
+    Args:
+        segmenter: changed in place when training ends, also when it is cancelled after the first epoch.
+        cases: the labelled volumes.
+        settings: how long and how.
+        checkpoint: file that lets an interrupted training go on; deleted when training ends.
+        report: called after each epoch.
+        encoded: called with (done, total) slices while copies are encoded.
+        cancel: to stop at the next step.
+
+    Returns:
+        The reports of all epochs, those before a resume included.
+
+    Raises:
+        InputError: the segmenter has not learned yet.
+        ModelError: the checkpoint is damaged.
+    """
+    settings = settings or TrainingSettings()
+    if segmenter.axis is None:
+        raise InputError("Learn the labels first, then train.")
+    volumes = bank_volumes(segmenter, cases, settings, encoded, cancel)
+    run = _Training(segmenter, volumes, settings)
+    if checkpoint is not None and checkpoint.is_file():
+        run.resume(checkpoint)
+    try:
+        reports = run.run(checkpoint, report, cancel)
+    finally:
+        segmenter.solve()
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return reports
+
+
+@torch.no_grad()
+def bank_volumes(
+    segmenter: VolumeSegmenter,
+    cases: Sequence[LabelledCase],
+    settings: TrainingSettings,
+    encoded: Progress | None = None,
+    cancel: CancelToken | None = None,
+) -> list[PooledCase]:
+    """The pooled volumes and augmented copies of them, as many as fit `settings`."""
+    dice = Dice(torch.Generator().manual_seed(settings.seed))
+    volumes = [segmenter.pool.cases[case.volume.name] for case in cases]
+    slices = sum(len(volume.slices) for volume in volumes)
+    copies = max(1, min(settings.copies, settings.max_slices // max(1, slices) - 1))
+    done = 0
+    for case, original in list(zip(cases, volumes, strict=True)):
+        stack = segmenter.stack(case.volume)
+        images = stack.images(original.slices)
+        for _ in range(copies):
+            warped, labels = augment(dice, images, original.labels)
+            parts = []
+            for batch in warped.split(8):
+                if cancel:
+                    cancel.check()
+                features = segmenter.backbone.encode_images(batch.to(segmenter.device))
+                parts.append(ImageFeatures(*(tensor.half().cpu() for tensor in vars(features).values())))
+            volumes.append(PooledCase(original.name, original.slices, ImageFeatures.cat(parts), labels))
+            done += len(images)
+            if encoded:
+                encoded(done, slices * copies)
+    return volumes
+
+
+class _Training:
+    """The engine, its optimizer and what a checkpoint needs."""
+
+    def __init__(self, segmenter: VolumeSegmenter, volumes: list[PooledCase], settings: TrainingSettings) -> None:
+        self.learner, self.settings = segmenter.learner, settings
+        self.backbone = segmenter.backbone
+        self.bank = EpisodeBank(segmenter.backbone, volumes, tuple(segmenter.structures))
+        self.dice = Dice(torch.Generator().manual_seed(settings.seed + 1))
+        projection = list(self.learner.projection.parameters())
+        others = [p for p in self.learner.parameters() if all(p is not q for q in projection)]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": projection, "scale": settings.projection_rate}, {"params": others, "scale": 1.0}],
+            lr=settings.rate,
+        )
+        self.reports: list[EpochReport] = []
+        self.spent = 0.0
+        self.fingerprint = _fingerprint(segmenter, volumes, settings)
+
+    def run(
+        self, checkpoint: Path | None, report: Callable[[EpochReport], None] | None, cancel: CancelToken | None
+    ) -> list[EpochReport]:
+        engine = Engine(self._step)
+        losses: list[float] = []
+
+        @engine.on(Events.ITERATION_COMPLETED)
+        def _watch(engine: Engine) -> None:
+            losses.append(engine.state.output)
+            if self._share() >= 1 or (cancel and cancel.cancelled):
+                engine.terminate()
+
+        @engine.on(Events.EPOCH_COMPLETED | Events.TERMINATE)
+        def _report(engine: Engine) -> None:
+            if not losses:
+                return
+            entry = EpochReport(len(self.reports) + 1, sum(losses) / len(losses), min(1.0, self._share()), self.spent)
+            losses.clear()
+            self.reports.append(entry)
+            if checkpoint is not None:
+                self.save(checkpoint)
+            if report:
+                report(entry)
+
+        left = (self.settings.epochs or 10**6) - len(self.reports)
+        if left > 0 and self._share() < 1:
+            engine.run([None] * self.settings.steps_per_epoch, max_epochs=left)
+        return self.reports
+
+    def _by_time(self) -> float:
+        return self.spent / (60 * self.settings.minutes)
+
+    def _by_epochs(self) -> float:
+        return len(self.reports) / self.settings.epochs if self.settings.epochs else 0.0
+
+    def _share(self) -> float:
+        return max(self._by_time(), self._by_epochs())
+
+    def _step(self, engine: Engine, _: Any) -> float:
+        started = time.perf_counter()
+        done = self._by_epochs() if self.settings.epochs else min(1.0, self._by_time())
+        rate = self.settings.rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        episode = self.bank.draw(self.dice, self.settings.episodes)
+        outputs = unroll(self.backbone, self.learner, episode)
+        pairs = zip(outputs, episode.query_masks, strict=True)
+        loss = torch.stack([segmentation_loss(decoded, masks, iou=0.0) for decoded, masks in pairs]).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
+        self.optimizer.step()
+        self.spent += time.perf_counter() - started
+        return float(loss)
+
+    def save(self, path: Path) -> None:
+        state = {
+            "fingerprint": self.fingerprint,
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.dice.generator.get_state(),
+            "reports": [vars(entry) for entry in self.reports],
+            "spent": self.spent,
+        }
+        with atomic_path(path) as temporary:
+            torch.save(state, temporary)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint of the same labels and settings; ignore one of others."""
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            fingerprint = state["fingerprint"]
+        except Exception as error:
+            message = f"The training checkpoint {path} is damaged ({error}). Delete it and train again."
+            raise ModelError(message) from error
+        if fingerprint != self.fingerprint:
+            return
+        self.learner.load_state_dict(state["learner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.dice.generator.set_state(state["generator"])
+        self.reports = [EpochReport(**entry) for entry in state["reports"]]
+        self.spent = state["spent"]
+
+
+def _fingerprint(segmenter: VolumeSegmenter, volumes: Sequence[PooledCase], settings: TrainingSettings) -> str:
+    """Identifies what is trained on and how."""
+    learner = segmenter.learner
+    layout = (learner.kind, learner.inputs, learner.encoding)
+    digest = hashlib.sha256(f"{segmenter.backbone_hash}{layout}{settings}{segmenter.structures}".encode())
+    for volume in volumes:
+        digest.update(volume.name.encode())
+        digest.update(volume.labels.numpy().tobytes())
+    return digest.hexdigest()
