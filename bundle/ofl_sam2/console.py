@@ -17,8 +17,8 @@ from tqdm import tqdm
 from ofl_sam2.atomic import atomic_write_text
 from ofl_sam2.progress import CancelToken, Progress
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+err = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=True)
 _LINE_SECONDS = 10.0
 
 

@@ -62,7 +62,8 @@ class SupportEncoder:
         return entry
 
     def _encode(self, key: SupportKey, value: int) -> _Support:
-        features, mask = self.pool.features(key), self.pool.mask(key, value)[None]
+        device = self.learner.lam.device
+        features, mask = self.pool.features(key).to(device), self.pool.mask(key, value)[None].to(device)
         encoded = self.learner.encode_labels(features.stride16, mask_at_logit_size(mask, features.stride4.shape[-1]))
         return _Support(self.backbone.remember_mask(features, mask), self.learner.embed(features.stride16), *encoded)
 
@@ -162,7 +163,7 @@ class Propagation:
 
     def _retrieve(self, features: ImageFeatures) -> list[list[_Support]]:
         """Supports per structure, all lists of one length: short ones repeat their supports."""
-        descriptor = describe(features.stride16)[0]
+        descriptor = describe(features.stride16)[0].cpu()
         keys = [
             self.encoder.pool.retrieve(descriptor, value, self.settings.supports, self.settings.absent_supports)
             for value in self.values

@@ -40,7 +40,7 @@ class Segmentation:
         seconds: wall time.
     """
 
-    labels: NDArray[np.uint8] = field(repr=False)
+    labels: NDArray[Any] = field(repr=False)
     structures: dict[int, str]
     confidence: NDArray[np.float32] = field(repr=False)
     quality: dict[str, float]
@@ -78,6 +78,7 @@ class VolumeSegmenter:
         self.axis: int | None = None
         self.through_plane = False
         self.solution: PoolSolution | None = None
+        self._supports = SupportEncoder(backbone, learner, self.pool)
 
     @torch.no_grad()
     def learn(
@@ -116,7 +117,8 @@ class VolumeSegmenter:
     @torch.no_grad()
     def solve(self) -> None:
         """Solve the mapping networks on the pool; after `learn`, and whenever the learner's parameters change."""
-        self.solution = solve_on_pool(self._encoder(), tuple(self.structures), self.settings)
+        self._supports = SupportEncoder(self.backbone, self.learner, self.pool)
+        self.solution = solve_on_pool(self._supports, tuple(self.structures), self.settings)
 
     @torch.no_grad()
     def segment(
@@ -140,12 +142,17 @@ class VolumeSegmenter:
         values = tuple(self.structures)
         features = _StackFeatures(self, stack)
         similarity = torch.cat(
-            [self.pool.similarity(describe(batch.stride16)) for batch in features.batches(range(len(stack)), cancel)]
+            [
+                self.pool.similarity(describe(batch.stride16).cpu())
+                for batch in features.batches(range(len(stack)), cancel)
+            ]
         )
-        labels = np.zeros((len(values), *volume.grid) if self.settings.overlap else volume.grid, np.uint8)
+        overlap = self.settings.overlap
+        dtype = np.uint8 if overlap else np.min_scalar_type(max(values))
+        labels = np.zeros((len(values), *volume.grid) if overlap else volume.grid, dtype)
         confidence = torch.zeros(len(stack), len(values))
         present = torch.zeros(len(stack), len(values), dtype=torch.bool)
-        propagation = Propagation(self._encoder(), values, self.solution, self.settings)
+        propagation = Propagation(self._supports, values, self.solution, self.settings)
         for done, result in enumerate(propagation.run(features.one, similarity), start=1):
             found = self._write(labels, stack, result, values)
             confidence[result.index], present[result.index] = result.confidence.cpu(), found
@@ -154,7 +161,9 @@ class VolumeSegmenter:
             if cancel:
                 cancel.check()
         quality = volume_quality(confidence, present).tolist()
-        voxels = [int(labels[k].sum()) if self.settings.overlap else int((labels == v).sum()) for k, v in enumerate(values)]
+        voxels = [
+            int(labels[k].sum()) if self.settings.overlap else int((labels == v).sum()) for k, v in enumerate(values)
+        ]
         return Segmentation(
             labels,
             dict(self.structures),
@@ -191,9 +200,6 @@ class VolumeSegmenter:
         """Where the models run."""
         return self.learner.lam.device
 
-    def _encoder(self) -> SupportEncoder:
-        return SupportEncoder(self.backbone, self.learner, self.pool)
-
     def _choose_slicing(self, volume: Volume) -> None:
         """Fix the slicing at the first labelled case: its through-plane direction, or an axis where it has none."""
         if self.axis is None:
@@ -222,7 +228,9 @@ class VolumeSegmenter:
         maps = [label_map(stack.masks(case.labels, index, case.values), case.values) for index in slices]
         return PooledCase(case.volume.name, slices, ImageFeatures.cat(parts), torch.stack(maps))
 
-    def _write(self, labels: NDArray[np.uint8], stack: SliceStack, result: SegmentedSlice, values: tuple[int, ...]) -> Tensor:
+    def _write(
+        self, labels: NDArray[Any], stack: SliceStack, result: SegmentedSlice, values: tuple[int, ...]
+    ) -> Tensor:
         """Write one slice into the label array; return which structures were found in it."""
         logits = stack.restore(result.logits.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT).cpu(), outside=-_LOGIT_LIMIT)
         if self.settings.overlap:
@@ -231,7 +239,7 @@ class VolumeSegmenter:
                 stack.slice_of(labels[row], result.index)[...] = masks[row].numpy()
             return masks.flatten(1).any(1)
         merged = merge(logits)
-        stack.slice_of(labels, result.index)[...] = np.array([0, *values], np.uint8)[merged.numpy()]
+        stack.slice_of(labels, result.index)[...] = np.array([0, *values])[merged.numpy()]
         return torch.bincount(merged.flatten(), minlength=len(values) + 1)[1:] > 0
 
 
@@ -272,7 +280,9 @@ def merge(logits: Tensor) -> Tensor:
 
 def with_settings(segmenter: VolumeSegmenter, **changes: Any) -> VolumeSegmenter:
     """The same learned state under other settings (ablations); nothing is copied."""
-    other = VolumeSegmenter(segmenter.backbone, segmenter.learner, replace(segmenter.settings, **changes), segmenter.cache)
+    other = VolumeSegmenter(
+        segmenter.backbone, segmenter.learner, replace(segmenter.settings, **changes), segmenter.cache
+    )
     other.pool, other.structures = segmenter.pool, segmenter.structures
     other.axis, other.through_plane = segmenter.axis, segmenter.through_plane
     other.solve()

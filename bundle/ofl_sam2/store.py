@@ -6,17 +6,20 @@ labelled case: frozen features and labels of its slices). It is replaced last, s
 
 import hashlib
 import json
+import re
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import save
 
 from ofl_sam2 import __version__
 from ofl_sam2.atomic import atomic_path, atomic_write_text
-from ofl_sam2.backbone.frozen import ImageFeatures
+from ofl_sam2.backbone.frozen import ImageFeatures, SAM2Backbone
 from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.backbone.weights import read_state, sha256_of
-from ofl_sam2.errors import ModelError, OFLError
+from ofl_sam2.errors import InputError, ModelError
 from ofl_sam2.learner.load import learner_bytes, read_learner
 from ofl_sam2.memory.cache import FeatureCache
 from ofl_sam2.memory.pool import PooledCase
@@ -25,6 +28,94 @@ from ofl_sam2.settings import Settings
 
 FORMAT = 1
 INDEX = "model.json"
+_FILE = re.compile(r"(learner|pool)-[0-9a-f]{16}\.safetensors")
+_OWN = re.compile(rf"(\.[0-9a-f]+\.partial\.)?{_FILE.pattern}")
+_MAX_VALUE = 255
+_ADVICE = "Restore the folder from a copy, or learn again with --fresh."
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a model folder: its name there and its sha256 (hex)."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoredCase(StoredFile):
+    """A labelled case in the pool: its name and which of its slices are labelled."""
+
+    case: str
+    slices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelIndex:
+    """What `model.json` says.
+
+    Attributes:
+        backbone, backbone_hash, image_size: the frozen SAM2 and the side of its input in pixels.
+        axis, through_plane: slicing, as in `VolumeSegmenter`.
+        structures: label value -> name.
+        settings: the switches of the method.
+        learner: learner and fusion.
+        pool: the labelled cases.
+        notes: free entries, such as how long was trained.
+    """
+
+    backbone: str
+    backbone_hash: str
+    image_size: int
+    axis: int
+    through_plane: bool
+    structures: dict[int, str]
+    settings: Settings
+    learner: StoredFile
+    pool: tuple[StoredCase, ...]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The content of `model.json`."""
+        content = {
+            "format": FORMAT,
+            "version": __version__,
+            "backbone": {"name": self.backbone, "hash": self.backbone_hash, "image_size": self.image_size},
+            "slicing": {"axis": self.axis, "through_plane": self.through_plane},
+            "structures": self.structures,
+            "settings": self.settings.to_dict(),
+            "learner": vars(self.learner),
+            "pool": [vars(case) for case in self.pool],
+            "notes": self.notes,
+        }
+        return json.dumps(content, indent=1)
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any]) -> "ModelIndex":
+        """Inverse of `to_json`, after JSON was read.
+
+        Raises:
+            KeyError, TypeError, ValueError: an entry is missing, of another type, or out of range.
+        """
+        index = cls(
+            backbone=_typed(content["backbone"]["name"], str),
+            backbone_hash=_typed(content["backbone"]["hash"], str),
+            image_size=_typed(content["backbone"]["image_size"], int),
+            axis=_typed(content["slicing"]["axis"], int),
+            through_plane=_typed(content["slicing"]["through_plane"], bool),
+            structures={int(value): _typed(name, str) for value, name in content["structures"].items()},
+            settings=Settings.from_dict(content["settings"]),
+            learner=StoredFile(**_stored(content["learner"])),
+            pool=tuple(StoredCase(**_stored(entry), **_slices(entry)) for entry in _typed(content["pool"], list)),
+            notes=_typed(content["notes"], dict),
+        )
+        if index.axis not in (0, 1, 2):
+            raise ValueError(f"axis {index.axis}")
+        if not index.pool or not index.structures or not all(0 < v <= _MAX_VALUE for v in index.structures):
+            raise ValueError("it needs a case, and structures with values from 1 to 255")
+        return index
 
 
 def is_model(folder: Path) -> bool:
@@ -41,36 +132,32 @@ def save_model(segmenter: VolumeSegmenter, folder: Path, notes: dict[str, Any] |
         notes: free entries for `model.json`, such as how long was trained.
 
     Raises:
+        InputError: nothing has been learned yet.
         OFLError: the folder cannot be written; the old model is intact.
     """
-    index = {
-        "format": FORMAT,
-        "version": __version__,
-        "backbone": {
-            "name": segmenter.backbone.config.name,
-            "hash": segmenter.backbone_hash,
-            "image_size": segmenter.backbone.image_size,
-        },
-        "slicing": {"axis": segmenter.axis, "through_plane": segmenter.through_plane},
-        "structures": {str(value): name for value, name in segmenter.structures.items()},
-        "settings": segmenter.settings.to_dict(),
-        "learner": _write_named(folder, "learner", learner_bytes(segmenter.learner)),
-        "pool": [
-            {"case": case.name, "slices": list(case.slices), **_write_case(folder, case)}
-            for case in segmenter.pool.cases.values()
-        ],
-        "notes": notes or {},
-    }
-    atomic_write_text(folder / INDEX, json.dumps(index, indent=1))
-    named = {index["learner"]["file"], *(entry["file"] for entry in index["pool"])}
-    for path in folder.glob("*-*.safetensors"):
-        if path.name not in named:
-            path.unlink(missing_ok=True)
+    if segmenter.axis is None:
+        raise InputError("There is nothing to save: learn from at least one labelled volume first.")
+    index = ModelIndex(
+        segmenter.backbone.config.name,
+        segmenter.backbone_hash,
+        segmenter.backbone.image_size,
+        segmenter.axis,
+        segmenter.through_plane,
+        segmenter.structures,
+        segmenter.settings,
+        _write_named(folder, "learner", learner_bytes(segmenter.learner)),
+        tuple(_write_case(folder, case) for case in segmenter.pool.cases.values()),
+        notes or {},
+    )
+    atomic_write_text(folder / INDEX, index.to_json())
+    named = {index.learner.file, *(case.file for case in index.pool)}
+    for path in folder.iterdir():
+        if _OWN.fullmatch(path.name) and path.name not in named:
+            with suppress(OSError):
+                path.unlink()
 
 
-def load_model(
-    folder: Path, device: str = "cpu", cache: FeatureCache | None = None, **changes: Any
-) -> VolumeSegmenter:
+def load_model(folder: Path, device: str = "cpu", cache: FeatureCache | None = None, **changes: Any) -> VolumeSegmenter:
     """Read a saved model.
 
     Args:
@@ -82,69 +169,111 @@ def load_model(
     Raises:
         ModelError: no model there, damaged, of a newer version, or learned with other backbone weights.
         WeightsError: the backbone's weights are not here.
+        InputError: `changes` that are no settings.
     """
     index = read_index(folder)
+    settings = Settings.from_dict({**index.settings.to_dict(), **changes})
     try:
-        backbone = load_backbone(index["backbone"]["name"], index["backbone"]["image_size"], device)
-        learner = read_learner(folder / index["learner"]["file"], index["learner"]["sha256"]).to(device)
-        settings = Settings.from_dict({**index["settings"], **changes})
-        segmenter = VolumeSegmenter(backbone, learner, settings, cache)
-        if segmenter.backbone_hash != index["backbone"]["hash"]:
-            raise ModelError(
-                f"{folder} was learned with other weights of {backbone.config.name} than the ones installed. "
-                "Install those weights, or learn again."
-            )
-        for entry in index["pool"]:
-            segmenter.pool.add(_read_case(folder, entry))
-        segmenter.axis, segmenter.through_plane = index["slicing"]["axis"], index["slicing"]["through_plane"]
-        segmenter.structures = {int(value): name for value, name in index["structures"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, OFLError):
-            raise
-        raise ModelError(f"{folder / INDEX} is damaged ({error}). Learn again, or restore the folder.") from error
+        backbone = load_backbone(index.backbone, index.image_size, device)
+    except InputError as error:
+        raise ModelError(f"{folder / INDEX} is damaged: {error} {_ADVICE}") from error
+    learner = read_learner(_checked(folder, index.learner)).to(device)
+    if learner.channels != backbone.width:
+        raise ModelError(f"{folder / index.learner.file} is no learner for {index.backbone}. {_ADVICE}")
+    segmenter = VolumeSegmenter(backbone, learner, settings, cache)
+    if segmenter.backbone_hash != index.backbone_hash:
+        raise ModelError(
+            f"{folder} was learned with other weights of {index.backbone} than the ones installed. "
+            "Install those weights, or learn again with --fresh."
+        )
+    for case in index.pool:
+        segmenter.pool.add(_read_case(folder, case, backbone))
+    segmenter.axis, segmenter.through_plane = index.axis, index.through_plane
+    segmenter.structures = dict(sorted(index.structures.items()))
+    absent = sorted(set(index.structures) - set(segmenter.pool.values()))
+    if absent:
+        raise ModelError(f"{folder / INDEX} is damaged: no stored label holds {absent}. {_ADVICE}")
     segmenter.solve()
     return segmenter
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> ModelIndex:
     """Read `model.json` and check that this version understands it.
 
     Raises:
-        ModelError: as in `load_model`.
+        ModelError: no model there, damaged, or of a newer version.
     """
     path = folder / INDEX
     if not path.is_file():
-        raise ModelError(f"{folder} holds no model: {INDEX} is missing. Run 'ofl-sam2 learn' with --model {folder} first.")
+        raise ModelError(f"{folder} holds no model: {INDEX} is missing. Run 'ofl-sam2 learn --model {folder}' first.")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        written = int(index["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} is damaged ({error}). Learn again, or restore the folder.") from error
-    if written > FORMAT:
-        raise ModelError(
-            f"{folder} was written by version {index.get('version')}, which is newer than this one ({__version__}). "
-            "Upgrade ofl-sam2."
-        )
-    return index
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if _typed(content["format"], int) > FORMAT:
+            raise ModelError(
+                f"{folder} was written by version {content.get('version')}, which is newer than this one "
+                f"({__version__}). Upgrade ofl-sam2."
+            )
+        return ModelIndex.from_content(content)
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} is damaged ({type(error).__name__}: {error}). {_ADVICE}") from error
 
 
-def _write_named(folder: Path, kind: str, content: bytes) -> dict[str, str]:
+def _typed(value: Any, kind: type[T]) -> T:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
+    return value
+
+
+def _stored(entry: dict[str, Any]) -> dict[str, str]:
+    """File and sha256 of an entry; the file lies in the model folder itself, whatever the entry says."""
+    name, sha256 = _typed(entry["file"], str), _typed(entry["sha256"], str)
+    if not _FILE.fullmatch(name):
+        raise ValueError(f"'{name}' is no name of a file in a model folder")
+    return {"file": name, "sha256": sha256}
+
+
+def _slices(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"case": _typed(entry["case"], str), "slices": tuple(_typed(i, int) for i in _typed(entry["slices"], list))}
+
+
+def _checked(folder: Path, stored: StoredFile) -> Path:
+    """The path of a stored file that is there and has the content it had when it was saved."""
+    path = folder / stored.file
+    if not path.is_file():
+        raise ModelError(f"{folder} is not complete: {stored.file} is missing. {_ADVICE}")
+    if sha256_of(path) != stored.sha256:
+        raise ModelError(f"{path} is damaged: its content is not what was saved. {_ADVICE}")
+    return path
+
+
+def _write_named(folder: Path, kind: str, content: bytes) -> StoredFile:
     """Write a file under a name made of its content, unless it is there already."""
     digest = hashlib.sha256(content).hexdigest()
     target = folder / f"{kind}-{digest[:16]}.safetensors"
     if not target.is_file() or sha256_of(target) != digest:
         with atomic_path(target) as temporary:
             temporary.write_bytes(content)
-    return {"file": target.name, "sha256": digest}
+    return StoredFile(target.name, digest)
 
 
-def _write_case(folder: Path, case: PooledCase) -> dict[str, str]:
+def _write_case(folder: Path, case: PooledCase) -> StoredCase:
     tensors = {**vars(case.features), "labels": case.labels}
-    return _write_named(folder, "pool", save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+    content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    return StoredCase(**vars(_write_named(folder, "pool", content)), case=case.name, slices=case.slices)
 
 
-def _read_case(folder: Path, entry: dict[str, Any]) -> PooledCase:
+def _read_case(folder: Path, stored: StoredCase, backbone: SAM2Backbone) -> PooledCase:
     """Read the slices of a case; the tensors stay on disk until they are touched."""
-    state = read_state(folder / entry["file"], entry["sha256"])
+    path = _checked(folder, stored)
+    state = read_state(path)
+    count, size, width = len(stored.slices), backbone.image_size, backbone.width
+    expected = {
+        "stride4": (count, width // 8, size // 4, size // 4),
+        "stride8": (count, width // 4, size // 8, size // 8),
+        "stride16": (count, width, size // 16, size // 16),
+        "labels": (count, size, size),
+    }
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
+        raise ModelError(f"{path} does not hold {count} labelled slices of {size} x {size} pixels. {_ADVICE}")
     labels = state.pop("labels")
-    return PooledCase(entry["case"], tuple(entry["slices"]), ImageFeatures(**state), labels)
+    return PooledCase(stored.case, stored.slices, ImageFeatures(**state), labels)

@@ -5,7 +5,7 @@ Shapes: N images, B objects (one class of one image each), C channels of the str
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from ofl_sam2.errors import InputError
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
-    from typing_extensions import Self
 
 MASK_LOGIT = 10.0  # SAM2 writes a given mask as logits -10 / +10
 ABSENT_LOGIT = -1024.0  # SAM2's placeholder for the mask of an object judged absent
@@ -25,26 +24,29 @@ MAX_RECENT = 6
 POINTER_RANGE = 16
 
 
+_B = TypeVar("_B", bound="_Batch")
+
+
 @dataclass(frozen=True)
 class _Batch:
     """Field-wise indexing and expansion for dataclasses of tensors that share their first axis."""
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Self":
+    def _map(self: _B, function: Callable[[Tensor], Tensor]) -> _B:
         return type(self)(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
 
-    def __getitem__(self, index: slice | list[int] | Tensor) -> "Self":
+    def __getitem__(self: _B, index: slice | list[int] | Tensor) -> _B:
         return self._map(lambda tensor: tensor[index])
 
-    def detach(self) -> "Self":
+    def detach(self: _B) -> _B:
         """Return the same values without their graph."""
         return self._map(Tensor.detach)
 
-    def to(self, device: torch.device | str) -> "Self":
+    def to(self: _B, device: torch.device | str) -> _B:
         """Return the same values on a device."""
         return self._map(lambda tensor: tensor.to(device))
 
     @classmethod
-    def cat(cls, parts: "Sequence[Self]") -> "Self":
+    def cat(cls: type[_B], parts: Sequence[_B]) -> _B:
         """Join batches along their first axis."""
         return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)})
 
@@ -108,6 +110,7 @@ class SAM2Backbone(nn.Module):
         self.sam2 = build_sam2(config, image_size)
         self.register_buffer("_mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
+        self.eval()
 
     @property
     def image_size(self) -> int:

@@ -36,12 +36,11 @@ class FewShotLearner(nn.Module):
         self.projection = nn.Conv2d(channels, self.inputs, 3, padding=1)
         self.label_generator = LABEL_GENERATORS[label_generator](channels, encoding)
         self.lam = nn.Parameter(torch.tensor(0.01))
-        self.up = nn.Sequential(
-            nn.Conv2d(encoding, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
-        )
-        nn.init.kaiming_normal_(self.up[0].weight)
-        for parameter in self.up[-1].parameters():
+        first, last = nn.Conv2d(encoding, channels, 3, padding=1), nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.kaiming_normal_(first.weight)
+        for parameter in last.parameters():
             nn.init.zeros_(parameter)
+        self.up = nn.Sequential(first, nn.ReLU(), last)
         self.fusion = AdaptiveFusion(channels)
 
     @property

@@ -42,8 +42,9 @@ class MaskLabelGenerator(nn.Module):
             nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
             nn.ReLU(),
         )
-        for layer in self.layers[::2]:
-            nn.init.kaiming_normal_(layer.weight)
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight)
         self.heads = _Heads(width, encoding)
 
     def forward(self, features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

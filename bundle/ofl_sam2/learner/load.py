@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ofl_sam2.backbone.weights import load_strict, read_state
@@ -10,6 +10,7 @@ from ofl_sam2.errors import WeightsError
 from ofl_sam2.learner.few_shot import FewShotLearner
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
+_MOST_CHANNELS = 4096
 
 
 def shipped_learner(backbone: str, channels: int) -> FewShotLearner:
@@ -36,13 +37,14 @@ def read_learner(path: Path, sha256: str | None = None) -> FewShotLearner:
         WeightsError: the file is missing, damaged, or no learner.
     """
     state = read_state(path, sha256)
-    with safe_open(path, "pt") as file:
-        shape = file.metadata() or {}
     try:
-        learner = FewShotLearner(
-            int(shape["channels"]), int(shape["inputs"]), int(shape["encoding"]), label_generator=shape["kind"]
-        )
-    except (KeyError, ValueError) as error:
-        raise WeightsError(f"{path} is no few-shot learner: its header lacks {error}. Train or learn again.") from error
+        with safe_open(path, "pt") as file:
+            shape = file.metadata() or {}
+        widths = [int(shape[name]) for name in ("channels", "inputs", "encoding")]
+        if not all(0 < width <= _MOST_CHANNELS for width in widths):
+            raise ValueError(f"widths {widths}")
+        learner = FewShotLearner(*widths, label_generator=shape["kind"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise WeightsError(f"{path} is no few-shot learner (header: {error}). Train or learn again.") from error
     load_strict(learner, state, source=str(path))
     return learner

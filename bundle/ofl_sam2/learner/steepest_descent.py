@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
 _EPS = 1e-12
+_DAMPING = 1e-6  # of the trace: keeps the metric of features without variation well-conditioned for float32
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def descend(tau: Tensor, problem: Problem, steps: int, metric: Tensor | None = N
 def patch_metric(x: Tensor, ridge: Tensor, kernel: int) -> Tensor:
     """Cholesky factor of the mean patch covariance plus the ridge, per class `(B, K, K)`, K = C k^2.
 
-    With spatial weights of 1 and equal sample weights it is the Hessian of the inner problem, so that one step solves it.
+    With spatial weights of 1 and equal sample weights it is the Hessian of the inner problem, so one step solves it.
+    Factorised in float64: features are often so alike that their covariance is not positive definite in float32.
 
     Args:
         x: `(B, T, C, h, w)`.
@@ -93,11 +95,11 @@ def patch_metric(x: Tensor, ridge: Tensor, kernel: int) -> Tensor:
     """
     factors = []
     for samples in x:
-        columns = functional.unfold(samples, kernel, padding=kernel // 2).transpose(0, 1).flatten(1)
+        columns = functional.unfold(samples.double(), kernel, padding=kernel // 2).transpose(0, 1).flatten(1)
         covariance = columns @ columns.T / len(samples)
-        damping = ridge + 1e-6 * covariance.diagonal().mean()
-        factors.append(torch.linalg.cholesky(covariance + damping * torch.eye(len(columns), dtype=x.dtype, device=x.device)))
-    return torch.stack(factors)
+        covariance.diagonal().add_(ridge + _DAMPING * covariance.trace())
+        factors.append(torch.linalg.cholesky(covariance))
+    return torch.stack(factors).to(x.dtype)
 
 
 def solve_ridge(problem: Problem, kernel: int) -> Tensor:

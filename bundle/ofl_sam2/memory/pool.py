@@ -26,7 +26,7 @@ class PooledCase:
         name: of the case.
         slices: their indices in the case, S of them.
         features: frozen features, float16, of S slices.
-        labels: `(S, size, size)` uint8 or int16, label values at input resolution.
+        labels: `(S, size, size)` uint8 or int32, label values at input resolution.
     """
 
     name: str
@@ -148,7 +148,7 @@ def label_map(masks: Tensor, values: Sequence[int]) -> Tensor:
     """One label map `(size, size)` from soft masks `(K, size, size)`: the likeliest of background and structures."""
     background = 1 - masks.sum(0, keepdim=True)
     winner = torch.cat([background, masks]).argmax(0)
-    lookup = torch.tensor([0, *values], dtype=torch.uint8 if max(values) < 256 else torch.int16)
+    lookup = torch.tensor([0, *values], dtype=torch.uint8 if max(values) < 256 else torch.int32)
     return lookup[winner]
 
 

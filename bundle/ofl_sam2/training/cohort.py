@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.files import write_labels
@@ -15,6 +17,7 @@ from ofl_sam2.volume import Volume
 
 STRUCTURES = {1: "synthetic organ A", 2: "synthetic organ B"}
 _DEPTH, _SIDE = 24, 96
+_AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 _SMALLEST, _LARGEST = 0.004, 0.15
 
 
@@ -43,11 +46,16 @@ def cohort(count: int, seed: int = 0) -> list[Patient]:
     for number in range(count):
         regions = deform(dice, anatomy.regions, 0.6)
         image = 1000 * render(dice, regions, palette)
-        labels = sum((value + 1) * (regions == organ).to(torch.uint8) for value, organ in enumerate(organs))
-        affine = np.diag([1.0, 1.0, 2.0, 1.0])
-        arrays = (tensor.permute(2, 1, 0).contiguous().numpy() for tensor in (image, labels))
-        patients.append(Patient(f"synthetic_{number:03d}", *arrays, affine))
+        labels = torch.zeros_like(regions, dtype=torch.uint8)
+        for value, organ in zip(STRUCTURES, organs, strict=True):
+            labels[regions == organ] = value
+        patients.append(Patient(f"synthetic_{number:03d}", _as_xyz(image), _as_xyz(labels), _AFFINE))
     return patients
+
+
+def _as_xyz(voxels: Tensor) -> NDArray[Any]:
+    """`(D, H, W)` as `(X, Y, Z)`."""
+    return np.ascontiguousarray(voxels.permute(2, 1, 0).numpy())
 
 
 def write_cohort(folder: Path, count: int, seed: int = 0) -> list[str]:

@@ -194,7 +194,7 @@ def _run_stage(state: PretrainingState, stage: Stage, window: tuple[float, float
         state.step += 1
         _average(state)
         dice = [mean_dice(*branch[-1]) if branch else math.nan for branch in outputs]
-        yield StepReport(stage.name, state.step, state.spent / plan.budget, float(loss), *dice)
+        yield StepReport(stage.name, state.step, state.spent / plan.budget, loss.item(), *dice)
         if state.spent - saved > _CHECKPOINT_SECONDS:
             state.save(plan.checkpoint)
             saved = state.spent

@@ -158,7 +158,7 @@ class _Training:
             lr=settings.rate,
         )
         self.reports: list[EpochReport] = []
-        self.spent = 0.0
+        self.epochs, self.spent = 0, 0.0
         self.fingerprint = _fingerprint(segmenter, volumes, settings)
 
     def run(
@@ -177,7 +177,8 @@ class _Training:
         def _report(engine: Engine) -> None:
             if not losses:
                 return
-            entry = EpochReport(len(self.reports) + 1, sum(losses) / len(losses), min(1.0, self._share()), self.spent)
+            self.epochs += 1
+            entry = EpochReport(self.epochs, sum(losses) / len(losses), min(1.0, self._share()), self.spent)
             losses.clear()
             self.reports.append(entry)
             if checkpoint is not None:
@@ -185,7 +186,7 @@ class _Training:
             if report:
                 report(entry)
 
-        left = (self.settings.epochs or 10**6) - len(self.reports)
+        left = (self.settings.epochs or 10**6) - self.epochs
         if left > 0 and self._share() < 1:
             engine.run([None] * self.settings.steps_per_epoch, max_epochs=left)
         return self.reports
@@ -194,7 +195,7 @@ class _Training:
         return self.spent / (60 * self.settings.minutes)
 
     def _by_epochs(self) -> float:
-        return len(self.reports) / self.settings.epochs if self.settings.epochs else 0.0
+        return self.epochs / self.settings.epochs if self.settings.epochs else 0.0
 
     def _share(self) -> float:
         return max(self._by_time(), self._by_epochs())
@@ -214,7 +215,7 @@ class _Training:
         nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
         self.optimizer.step()
         self.spent += time.perf_counter() - started
-        return float(loss)
+        return loss.item()
 
     def save(self, path: Path) -> None:
         state = {
@@ -234,15 +235,14 @@ class _Training:
             state = torch.load(path, weights_only=True, map_location="cpu")
             fingerprint = state["fingerprint"]
         except Exception as error:
-            message = f"The training checkpoint {path} is damaged ({error}). Delete it and train again."
-            raise ModelError(message) from error
+            raise ModelError(f"The training checkpoint {path} is damaged. Delete it and train again.") from error
         if fingerprint != self.fingerprint:
             return
         self.learner.load_state_dict(state["learner"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.dice.generator.set_state(state["generator"])
         self.reports = [EpochReport(**entry) for entry in state["reports"]]
-        self.spent = state["spent"]
+        self.epochs, self.spent = len(self.reports), state["spent"]
 
 
 def _fingerprint(segmenter: VolumeSegmenter, volumes: Sequence[PooledCase], settings: TrainingSettings) -> str:
