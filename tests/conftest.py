@@ -56,7 +56,7 @@ def make_learner() -> Callable[..., FewShotLearner]:
 
 @pytest.fixture(scope="session")
 def make_case() -> Callable[..., LabelledCase]:
-    """Build a noisy volume of `grid` voxels with a bright box (value 1) beside a dim one (value 2) in its middle slices."""
+    """Build a noisy volume of `grid` voxels with a bright box (value 1) beside a dim one (value 2) in its middle."""
 
     def build(
         name: str = "a",

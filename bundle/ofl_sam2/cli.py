@@ -3,13 +3,12 @@
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
-import click
 import typer
 
 from ofl_sam2 import __version__
-from ofl_sam2.console import cancel_on_interrupt, err, out, peak_memory_gb, progress, write_json
+from ofl_sam2.console import cancel_on_interrupt, err, out, peak_memory_gb, write_json
 from ofl_sam2.errors import Cancelled, InputError, OFLError
 
 app = typer.Typer(
@@ -25,13 +24,17 @@ app.add_typer(weights_app, name="weights")
 Images = Annotated[Path, typer.Option(help="Folder of images: .nii .nii.gz .nrrd .mha files, DICOM or frame folders.")]
 Labels = Annotated[Path, typer.Option(help="Folder of label maps; a label has the name of its image.")]
 Model = Annotated[Path, typer.Option(help="Folder of the learned model.")]
-Cases = Annotated[Optional[str], typer.Option(help="Case names, separated by commas; default all with a label.")]
-Structures = Annotated[Optional[str], typer.Option(help='What to learn, such as "1=anterior,2=posterior".')]
-Backbone = Annotated[str, typer.Option(help="nano, or a SAM2.1 model whose weights were fetched.")]
-ImageSize = Annotated[Optional[int], typer.Option(help="Input side in pixels, a multiple of 32.")]
+Cases = Annotated[str | None, typer.Option(help="Case names, separated by commas; default all with a label.")]
+Structures = Annotated[str | None, typer.Option(help='What to learn, such as "1=anterior,2=posterior".')]
+Backbone = Annotated[
+    str | None,
+    typer.Option(help="nano, or a SAM2.1 model whose weights were fetched; default that of the model, else nano."),
+]
+ImageSize = Annotated[int | None, typer.Option(help="Input side in pixels, a multiple of 32.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the result to this JSON file.")]
-CacheDir = Annotated[Optional[Path], typer.Option(help="Folder of cached features; default the user's cache.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32 - 1)]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
+CacheDir = Annotated[Path | None, typer.Option(help="Folder of cached features; default the user's cache.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if the folder holds a model.")]
 IgnoreEmpty = Annotated[
     bool, typer.Option("--ignore-empty-slices", help="Slices without any label are unlabelled, not empty.")
@@ -59,14 +62,16 @@ def learn(
     started = time.perf_counter()
     with cancel_on_interrupt() as cancel:
         segmenter = open_segmenter(model, backbone, image_size, device, cache_dir, fresh)
-        result = learn_cases(
-            segmenter, images, labels, model, _names(cases), structures, ignore_empty_slices, cancel
-        )
+        result = learn_cases(segmenter, images, labels, model, _names(cases), structures, ignore_empty_slices, cancel)
     result |= {"seconds": round(time.perf_counter() - started, 2), "peak_memory_gb": round(peak_memory_gb(), 2)}
     names = ", ".join(f"{value}={name}" for value, name in result["structures"].items())
-    out.print(f"Learned {names} from {result['slices']} slices of {len(result['cases'])} cases in {result['seconds']} s.")
-    if result["fitted"] is False:
-        err.print(f"The learner is not fitted to {backbone} yet: run 'ofl-sam2 train' before you rely on the result.")
+    slices = f"{result['slices']} slices of {len(result['pool'])} cases"
+    out.print(f"Learned {names} from {slices} in {result['seconds']} s.")
+    if not result["fitted"]:
+        err.print(
+            f"The learner is not fitted to {result['backbone']} yet, so SAM2's memory works alone: "
+            "run 'ofl-sam2 train' before you rely on the result."
+        )
     out.print(f"Model: {model}")
     write_json(json, result)
 
@@ -85,8 +90,8 @@ def train(
     fresh: Fresh = False,
     cache_dir: CacheDir = None,
     minutes: Annotated[float, typer.Option(help="Time limit of the training.")] = 5.0,
-    epochs: Annotated[Optional[int], typer.Option(help="Limit in epochs of 10 steps, if that comes first.")] = None,
-    seed: Annotated[int, typer.Option(help="Of augmentation and episodes.")] = 0,
+    epochs: Annotated[int | None, typer.Option(help="Limit in epochs of 10 steps, if that comes first.")] = None,
+    seed: Seed = 0,
     json: Json = None,
 ) -> None:
     """Fit learner and fusion to all labelled volumes, in minutes. An interrupted training goes on."""
@@ -97,9 +102,7 @@ def train(
     started = time.perf_counter()
     with cancel_on_interrupt() as cancel:
         segmenter = open_segmenter(model, backbone, image_size, device, cache_dir, fresh)
-        result = learn_cases(
-            segmenter, images, labels, model, _names(cases), structures, ignore_empty_slices, cancel
-        )
+        result = learn_cases(segmenter, images, labels, model, _names(cases), structures, ignore_empty_slices, cancel)
         reports = train_cases(segmenter, images, labels, model, result["cases"], settings, ignore_empty_slices, cancel)
     result |= {
         "epochs": len(reports),
@@ -124,12 +127,13 @@ def segment(
     json: Json = None,
 ) -> None:
     """Segment new images with a learned model. A label map has the grid of its image."""
-    from ofl_sam2.jobs import segment_images
+    from ofl_sam2.jobs import check_all_segmented, segment_images
 
     with cancel_on_interrupt() as cancel:
-        results = segment_images(model, image, output, resume, device, cache_dir, cancel)
-    out.print(f"{len(results)} label maps are in {output}; peak memory {peak_memory_gb():.2f} GB.")
-    write_json(json, {"results": results, "peak_memory_gb": round(peak_memory_gb(), 2)})
+        results, failures = segment_images(model, image, output, resume, device, cache_dir, cancel)
+    out.print(f"{len(results)} label maps were written to {output}; peak memory {peak_memory_gb():.2f} GB.")
+    write_json(json, {"results": results, "failures": failures, "peak_memory_gb": round(peak_memory_gb(), 2)})
+    check_all_segmented(failures)
 
 
 @app.command()
@@ -157,7 +161,7 @@ def evaluate(
 def synth(
     output: Annotated[Path, typer.Option(help="Folder for images/ and labels/.")],
     cases: Annotated[int, typer.Option(help="How many patients.", min=1)],
-    seed: Annotated[int, typer.Option(help="Of the anatomy.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Write synthetic labelled volumes that share a random anatomy."""
     from ofl_sam2.training.cohort import write_cohort
@@ -171,8 +175,8 @@ def pretrain(
     output: Annotated[Path, typer.Option(help="nano's weights (.safetensors); the learner's are written beside them.")],
     minutes: Annotated[float, typer.Option(help="Time budget of all stages together.")] = 60.0,
     device: Device = "cpu",
-    resume: Annotated[Optional[Path], typer.Option(help="Checkpoint of an earlier run.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights and synthetic volumes.")] = 0,
+    resume: Annotated[Path | None, typer.Option(help="Checkpoint of an earlier run.")] = None,
+    seed: Seed = 0,
 ) -> None:
     """Pretrain nano and its learner from scratch on synthetic volumes."""
     from ofl_sam2.jobs import pretrain_nano
@@ -203,7 +207,7 @@ def weights_list() -> None:
 
     rows = [("nano", NANO_WEIGHTS), *((name, weights_path(name)) for name in CATALOGUE)]
     for name, path in rows:
-        out.print(f"{name:24s} {'present' if path.is_file() else 'absent '} {path}", soft_wrap=True)
+        out.print(f"{name:24s} {'present' if path.is_file() else 'absent '} {path}")
 
 
 @weights_app.command("fetch")
@@ -211,7 +215,7 @@ def weights_fetch(name: Annotated[str, typer.Argument(help="Name from 'weights l
     """Download and verify SAM2.1 weights; an interrupted download goes on."""
     from ofl_sam2.backbone.weights import fetch
 
-    out.print(f"{name}: {fetch(name)}", soft_wrap=True)
+    out.print(f"{name}: {fetch(name)}")
 
 
 @weights_app.command("verify")
@@ -219,7 +223,7 @@ def weights_verify(path: Annotated[Path, typer.Argument(help="A weights file.")]
     """Identify a weights file by its sha256."""
     from ofl_sam2.backbone.weights import verify
 
-    out.print(f"{path} is {verify(path).name}, intact.", soft_wrap=True)
+    out.print(f"{path} is {verify(path).name}, intact.")
 
 
 @app.callback(invoke_without_command=True)
@@ -239,16 +243,12 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exit code 2 and one line for bad input, 130 when cancelled."""
+    """Run the command line and exit: 0, 2 and one line for bad input, 130 when cancelled."""
     try:
-        code = app(args=arguments, prog_name="ofl-sam2", standalone_mode=False)
-    except (Cancelled, KeyboardInterrupt) as error:
-        err.print(str(error) or "Interrupted.", markup=False, soft_wrap=True)
+        app(args=arguments, prog_name="ofl-sam2")
+    except Cancelled as error:
+        err.print(str(error))
         sys.exit(130)
-    except OFLError as error:
-        err.print(f"Error: {error}", markup=False, soft_wrap=True)
+    except (OFLError, OSError) as error:
+        err.print(f"Error: {' '.join(str(error).split())}")
         sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    sys.exit(code or 0)

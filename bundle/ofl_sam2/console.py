@@ -46,7 +46,7 @@ class _Lines:
     def __call__(self, done: int, total: int) -> None:
         if time.monotonic() - self.last >= _LINE_SECONDS:
             self.last = time.monotonic()
-            err.print(f"{self.title}: {done} of {total} {self.unit}s")
+            err.print(f"{self.title}: {done}/{total} {self.unit}")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The main job from end to end: learn from two labelled volumes, segment the others, score and picture the result."""
 
 import json
+import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ofl_sam2.dataset import Case, find_cases, load_case
 from ofl_sam2.errors import InputError
 from ofl_sam2.evaluation import CaseScore, Report, score
 from ofl_sam2.files import read_labels
-from ofl_sam2.jobs import learn_cases, open_segmenter, segment_images, train_cases
+from ofl_sam2.jobs import check_all_segmented, learn_cases, open_segmenter, segment_images, train_cases
 from ofl_sam2.overlay import Overlay, case_overlay, summary_figure
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.store import is_model, read_index
@@ -56,20 +56,22 @@ def run_demo(output: Path, minutes: float, download: bool, cancel: CancelToken) 
         minutes: training time after learning; 0 for none.
         download: fetch MSD Task04 first.
         cancel: to stop; finished cases are kept.
+
+    Raises:
+        InputError: a negative training time, or data that cannot be had or read.
+        Cancelled: stopped by `cancel`.
     """
+    if not 0 <= minutes < math.inf:
+        raise InputError(f"Training for {minutes:g} minutes is not possible. Give a number from 0 for --minutes.")
     data = demo_data(output, download)
     out.print(f"Data: {data.title}. Learning from {', '.join(data.shots)}; {len(data.others)} cases to segment.")
     model, labels = output / "model", output / "labels"
-    images = data.folder / "images"
-    segmenter = open_segmenter(model, "nano")
-    if not _done(model, data, minutes):
-        structures = ",".join(f"{value}={name}" for value, name in data.structures.items())
-        places = (images, data.folder / "labels", model)
-        learn_cases(segmenter, *places, data.shots, structures, False, cancel)
-        if minutes > 0:
-            out.print(f"Training for {minutes:g} minutes.")
-            train_cases(segmenter, *places, data.shots, TrainingSettings(minutes=minutes), False, cancel)
-    fresh = segment_images(model, [data.case(n).image for n in data.others], labels, True, cancel=cancel)
+    if not _learned(model, data, minutes):
+        _forget(output, data)
+        _learn(model, data, minutes, cancel)
+    images = [data.case(name).image for name in data.others]
+    fresh, failures = segment_images(model, images, labels, True, cancel=cancel)
+    check_all_segmented(failures)
     timings = _merged_timings(output / "report.json", fresh)
     report = Report(tuple(_score(data, labels, name) for name in data.others))
     for name in data.others:
@@ -80,7 +82,8 @@ def run_demo(output: Path, minutes: float, download: bool, cancel: CancelToken) 
     _write_report(output, data, report, timings, minutes)
     out.print(report.table())
     seconds = [entry["seconds"] for entry in timings.values()]
-    out.print(f"{sum(seconds) / len(seconds):.1f} s per volume, peak memory {peak_memory_gb():.2f} GB.")
+    speed = f"{sum(seconds) / len(seconds):.1f} s per volume, " if seconds else ""
+    out.print(f"{speed}peak memory {peak_memory_gb():.2f} GB.")
     out.print(f"Label maps: {labels}\nPictures: {output / 'overlays'}, {summary}\nReport: {output / 'report.json'}")
 
 
@@ -91,11 +94,11 @@ def demo_data(output: Path, download: bool) -> DemoData:
     folder = Path(os.environ.get("OFL_SAM2_DATA", "")) / "msd_hippocampus"
     if os.environ.get("OFL_SAM2_DATA") and folder.is_dir():
         return _hippocampus(folder)
+    err.print("OFL_SAM2_DATA names no folder that holds msd_hippocampus, so the demo uses SYNTHETIC volumes.")
     folder = output / "synthetic_data"
-    if not (folder / "labels").is_dir() or len(find_cases(folder / "images", folder / "labels")) < _SYNTHETIC_CASES:
-        err.print("OFL_SAM2_DATA is not set, so the demo uses SYNTHETIC volumes.")
+    if not (folder / "labels").is_dir() or len(_labelled_names(folder)) < _SYNTHETIC_CASES:
         write_cohort(folder, _SYNTHETIC_CASES, seed=1)
-    names = tuple(case.name for case in find_cases(folder / "images", folder / "labels"))
+    names = _labelled_names(folder)
     return DemoData("synthetic volumes (no real anatomy)", folder, names[:SHOTS], names[SHOTS:], STRUCTURES)
 
 
@@ -106,10 +109,14 @@ def _hippocampus(folder: Path) -> DemoData:
         listed = json.loads(splits.read_text())
         shots, others = listed["dev_shots"][:SHOTS], listed["dev_val"]
     else:
-        names = [c.name for c in find_cases(folder / "images", folder / "labels") if c.label]
+        names = _labelled_names(folder)
         shots, others = names[:SHOTS], names[SHOTS : SHOTS + _MOST_CASES]
     title = "MSD Task04 hippocampus MR (CC-BY-SA 4.0)"
     return DemoData(title, folder, tuple(shots), tuple(others), {1: "anterior", 2: "posterior"})
+
+
+def _labelled_names(folder: Path) -> tuple[str, ...]:
+    return tuple(case.name for case in find_cases(folder / "images", folder / "labels") if case.label)
 
 
 def _download(root: Path) -> Path:
@@ -121,8 +128,8 @@ def _download(root: Path) -> Path:
         DecathlonDataset(root, "Task04_Hippocampus", "training", download=True, cache_num=0, val_frac=0.0)
     except Exception as error:
         raise InputError(
-            f"MSD Task04 could not be downloaded ({error}). Check the connection, or set OFL_SAM2_DATA to a folder that "
-            "holds msd_hippocampus/images and msd_hippocampus/labels."
+            f"MSD Task04 could not be downloaded ({error}). Check the connection, or set OFL_SAM2_DATA to a folder "
+            "that holds msd_hippocampus/images and msd_hippocampus/labels."
         ) from error
     task = root / "Task04_Hippocampus"
     for plain, released in (("images", "imagesTr"), ("labels", "labelsTr")):
@@ -131,13 +138,30 @@ def _download(root: Path) -> Path:
     return task
 
 
-def _done(model: Path, data: DemoData, minutes: float) -> bool:
+def _learned(model: Path, data: DemoData, minutes: float) -> bool:
     """Whether the model was learned, and trained if wanted, on these cases."""
     if not is_model(model):
         return False
     index = read_index(model)
-    learned = {entry["case"] for entry in index["pool"]} == set(data.shots)
-    return learned and (minutes <= 0 or index["notes"].get("trained_on") == list(data.shots))
+    learned = {stored.case for stored in index.pool} == set(data.shots)
+    return learned and (minutes == 0 or index.notes.get("trained_on") == list(data.shots))
+
+
+def _forget(output: Path, data: DemoData) -> None:
+    """Remove the results of an earlier model, which would count as done."""
+    for name in data.others:
+        (output / "labels" / f"{name}.nii.gz").unlink(missing_ok=True)
+    (output / "report.json").unlink(missing_ok=True)
+
+
+def _learn(model: Path, data: DemoData, minutes: float, cancel: CancelToken) -> None:
+    structures = ",".join(f"{value}={name}" for value, name in data.structures.items())
+    places = (data.folder / "images", data.folder / "labels", model)
+    segmenter = open_segmenter(model, fresh=True)
+    learn_cases(segmenter, *places, data.shots, structures, False, cancel)
+    if minutes > 0:
+        out.print(f"Training for {minutes:g} minutes.")
+        train_cases(segmenter, *places, data.shots, TrainingSettings(minutes=minutes), False, cancel)
 
 
 def _overlay(data: DemoData, labels: Path, name: str) -> Overlay:

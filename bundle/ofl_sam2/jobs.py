@@ -1,30 +1,36 @@
 """What the commands do, as functions: open a model, learn, train, segment, pretrain."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from platformdirs import user_cache_path
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from ofl_sam2.atomic import atomic_path
+from ofl_sam2.backbone.frozen import SAM2Backbone
 from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.console import err, progress
 from ofl_sam2.dataset import Case, LabelledCase, find_cases, load_case, parse_structures
-from ofl_sam2.errors import Cancelled, InputError, ModelError, OFLError
+from ofl_sam2.dicom import is_dicom
+from ofl_sam2.errors import InputError, ModelError, OFLError
 from ofl_sam2.files import case_name, image_suffix, read_volume, write_labels
 from ofl_sam2.frames import frame_files
+from ofl_sam2.learner.few_shot import FewShotLearner
 from ofl_sam2.learner.load import learner_bytes, shipped_learner
 from ofl_sam2.memory.cache import FeatureCache
 from ofl_sam2.progress import CancelToken, Progress
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.store import is_model, load_model, read_index, save_model
+from ofl_sam2.training.pretraining import PretrainingState, pretrain
 from ofl_sam2.training.trainer import EpochReport, TrainingSettings, train
 
 CACHE_BYTES = 4 << 30
 CHECKPOINT = "training.pt"
+DEFAULT_BACKBONE = "nano"
 
 
 def default_cache(folder: Path | None = None) -> FeatureCache:
@@ -35,7 +41,7 @@ def default_cache(folder: Path | None = None) -> FeatureCache:
 
 def open_segmenter(
     model: Path,
-    backbone: str,
+    backbone: str | None = None,
     image_size: int | None = None,
     device: str = "cpu",
     cache_dir: Path | None = None,
@@ -43,21 +49,47 @@ def open_segmenter(
 ) -> VolumeSegmenter:
     """The saved model of a folder, or a new one.
 
+    Args:
+        model: folder of the model.
+        backbone: default that of the saved model, nano for a new one.
+        image_size: input side in pixels; default that of the saved model, by backbone for a new one.
+        device: "cpu" or "cuda".
+        cache_dir: see `default_cache`.
+        fresh: start anew even if the folder holds a model.
+
     Raises:
-        ModelError: the folder holds a model of another backbone.
+        ModelError: the folder holds a damaged model, or one of another backbone or input size.
+        InputError: unknown backbone, impossible size or device.
+        WeightsError: the backbone's weights are not here.
     """
+    check_device(device)
     cache = default_cache(cache_dir)
     if is_model(model) and not fresh:
-        saved = read_index(model).get("backbone", {})
-        wanted = {"name": backbone, "image_size": image_size or saved.get("image_size")}
-        if any(saved.get(key) != value for key, value in wanted.items()):
+        saved = read_index(model)
+        wanted = backbone or saved.backbone, image_size or saved.image_size
+        if wanted != (saved.backbone, saved.image_size):
             raise ModelError(
-                f"{model} was learned with {saved.get('name')} at {saved.get('image_size')} pixels, not with {backbone} at "
-                f"{wanted['image_size']}. Choose another --model folder, or give --fresh to replace it."
+                f"{model} was learned with {saved.backbone} at {saved.image_size} pixels, not with {wanted[0]} at "
+                f"{wanted[1]}. Choose another --model folder, or give --fresh to replace it."
             )
         return load_model(model, device, cache)
-    frozen = load_backbone(backbone, image_size, device)
-    return VolumeSegmenter(frozen, shipped_learner(backbone, frozen.width).to(device), cache=cache)
+    name = backbone or DEFAULT_BACKBONE
+    frozen = load_backbone(name, image_size, device)
+    return VolumeSegmenter(frozen, shipped_learner(name, frozen.width).to(device), cache=cache)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        InputError: neither "cpu" nor a CUDA device of this machine.
+    """
+    try:
+        torch.zeros(1, device=device if device.startswith(("cpu", "cuda")) else "unknown")
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"The device '{device}' cannot be used here. Choose cpu, or cuda on a machine with it."
+        ) from error
 
 
 def learn_cases(
@@ -70,16 +102,23 @@ def learn_cases(
     ignore_empty_slices: bool,
     cancel: CancelToken,
 ) -> dict[str, Any]:
-    """Put labelled volumes into the pool, solve, and save the model."""
+    """Put labelled volumes into the pool, solve, and save the model.
+
+    Returns:
+        What was learned, for a JSON report.
+    """
     chosen = _labelled(images, labels, cases)
+    notes = read_index(model).notes if is_model(model) and len(segmenter.pool) else {}
     names = parse_structures(structures) if structures else None
     with progress("learn", unit="case") as done:
-        segmenter.learn(_counted(_load(chosen, segmenter, ignore_empty_slices), len(chosen), done), names, cancel=cancel)
-    save_model(segmenter, model, _notes(model))
+        loaded = _counted(_load(chosen, segmenter, ignore_empty_slices), len(chosen), done)
+        segmenter.learn(loaded, names, cancel=cancel)
+    save_model(segmenter, model, notes)
     return {
         "model": str(model),
         "backbone": segmenter.backbone.config.name,
         "cases": [case.name for case in chosen],
+        "pool": list(segmenter.pool.cases),
         "slices": len(segmenter.pool),
         "structures": segmenter.structures,
         "fitted": segmenter.learner.fitted,
@@ -96,7 +135,11 @@ def train_cases(
     ignore_empty_slices: bool,
     cancel: CancelToken,
 ) -> list[EpochReport]:
-    """Fit learner and fusion on cases that were learned, and save the model."""
+    """Fit learner and fusion on cases that were learned, and save the model.
+
+    Raises:
+        Cancelled: stopped by `cancel`; what was fitted until then is saved.
+    """
     loaded = list(_load(_labelled(images, labels, cases), segmenter, ignore_empty_slices))
     with progress("encode augmented copies") as encoded, progress("train", unit="%") as trained:
         reports = train(
@@ -109,7 +152,9 @@ def train_cases(
             cancel,
         )
     seconds = reports[-1].seconds if reports else 0.0
-    save_model(segmenter, model, {"trained_seconds": round(seconds, 1), "trained_on": list(cases)})
+    finished = {} if cancel.cancelled else {"trained_on": list(cases)}
+    save_model(segmenter, model, {"trained_seconds": round(seconds, 1), **finished})
+    cancel.check()
     return reports
 
 
@@ -121,19 +166,23 @@ def segment_images(
     device: str = "cpu",
     cache_dir: Path | None = None,
     cancel: CancelToken | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Segment images and write a label map each; a bad image does not keep the others from being done.
 
     Returns:
-        Case name -> path, quality, volumes and seconds.
+        Case name -> path, quality, volumes and seconds of what was segmented now; case name -> why not.
 
     Raises:
-        InputError: two images of one name, or images that could not be segmented; all the others are finished then.
+        InputError: two images of one name.
+        ModelError, WeightsError: as in `load_model`.
+        OFLError: the output cannot be written.
+        Cancelled: stopped by `cancel`; finished label maps stay.
     """
+    check_device(device)
     targets = _targets(images, output)
     segmenter = load_model(model, device, default_cache(cache_dir))
     results: dict[str, dict[str, Any]] = {}
-    failures: list[str] = []
+    failures: dict[str, str] = {}
     for name, (image, target) in targets.items():
         if resume and target.exists():
             err.print(f"{name}: {target} is there already, skipped.")
@@ -143,37 +192,70 @@ def segment_images(
             with progress(name) as done:
                 result = segmenter.segment(volume, done, cancel)
             write_labels(target, result.labels, volume)
-        except Cancelled:
-            raise
-        except OFLError as error:
-            failures.append(f"{name}: {error}")
+        except InputError as error:
+            failures[name] = str(error)
             continue
         results[name] = {"labels": str(target), **result.summary()}
         quality = ", ".join(f"{structure} {value:.2f}" for structure, value in result.quality.items())
-        err.print(f"{name}: {result.seconds:.1f} s, estimated quality {quality}", soft_wrap=True)
+        err.print(f"{name}: {result.seconds:.1f} s, estimated quality {quality}")
+    return results, failures
+
+
+def check_all_segmented(failures: dict[str, str]) -> None:
+    """Report images that could not be segmented.
+
+    Raises:
+        InputError: there are some.
+    """
     if failures:
-        raise InputError(f"{len(failures)} of {len(targets)} images were not segmented. " + " ".join(failures))
-    return results
+        reasons = " ".join(f"{name}: {reason}" for name, reason in failures.items())
+        raise InputError(f"{len(failures)} of the images could not be segmented. {reasons}")
 
 
 def pretrain_nano(
     output: Path, minutes: float, device: str, resume: Path | None, seed: int, cancel: CancelToken
 ) -> int:
-    """Pretrain nano and write its weights, the learner's beside them, and a checkpoint; return the number of steps."""
-    from ofl_sam2.training.pretraining import PretrainingState, pretrain
+    """Pretrain nano and write its weights, the learner's beside them, and a checkpoint.
 
-    state = PretrainingState.load(resume) if resume else PretrainingState.fresh(seed)
-    checkpoint = output.with_suffix(".checkpoint.pt")
-    with tqdm(desc="pretrain", unit="step") as bar:
-        for report in pretrain(state, checkpoint, minutes, device, seed, cancel=cancel):
-            bar.set_postfix(stage=report.stage, loss=f"{report.loss:.3f}")
-            bar.update()
-    weights = state.average["backbone"].sam2.state_dict()
+    Returns:
+        The number of steps so far.
+
+    Raises:
+        InputError: no time, another suffix than .safetensors, or a checkpoint that cannot be read.
+    """
+    check_device(device)
+    if not 0 < minutes < math.inf:
+        raise InputError(f"Pretraining for {minutes:g} minutes is not possible. Give a positive number of --minutes.")
+    if output.suffix != ".safetensors":
+        raise InputError(f"The weights are written as .safetensors, not as {output.name}. Choose such a name.")
+    state = _checkpoint(resume) if resume else PretrainingState.fresh(seed)
+    stage = ""
+    with progress("pretrain", unit="%") as done:
+        for report in pretrain(state, output.with_suffix(".checkpoint.pt"), minutes, device, seed, cancel=cancel):
+            if report.stage != stage:
+                stage = report.stage
+                err.print(f"Stage '{stage}' begins at step {report.step} with loss {report.loss:.3f}.")
+            done(min(100, round(100 * report.share)), 100)
+    backbone, learner = state.average.children()
+    sam2 = cast(SAM2Backbone, backbone).sam2
+    weights = {name: tensor.half().cpu().contiguous() for name, tensor in sam2.state_dict().items()}
     with atomic_path(output) as temporary:
-        save_file({name: tensor.half().cpu().contiguous() for name, tensor in weights.items()}, temporary)
+        save_file(weights, temporary)
     with atomic_path(output.with_name(f"{output.stem}_learner.safetensors")) as temporary:
-        temporary.write_bytes(learner_bytes(state.average["learner"]))
+        temporary.write_bytes(learner_bytes(cast(FewShotLearner, learner)))
     return state.step
+
+
+def _checkpoint(path: Path) -> PretrainingState:
+    try:
+        return PretrainingState.load(path)
+    except OFLError:
+        raise
+    except Exception as error:  # the reader raises anything on damaged bytes
+        raise InputError(
+            f"{path} is no checkpoint of a pretraining ({type(error).__name__}), or it is damaged. "
+            "Leave --resume out to start anew."
+        ) from error
 
 
 def _labelled(images: Path, labels: Path, names: Sequence[str] | None) -> list[Case]:
@@ -195,19 +277,22 @@ def _counted(cases: Iterator[LabelledCase], total: int, done: Progress) -> Itera
         done(number + 1, total)
 
 
-def _notes(model: Path) -> dict[str, Any]:
-    """Notes of the model that is there, which `learn` keeps."""
-    return read_index(model)["notes"] if is_model(model) else {}
-
-
 def _targets(images: Sequence[Path], output: Path) -> dict[str, tuple[Path, Path]]:
     """Case name -> image and the file its label map goes to."""
     targets: dict[str, tuple[Path, Path]] = {}
     for image in images:
-        name = case_name(image)
+        absolute = Path(os.path.abspath(image))  # gives "." and ".." a name, and keeps that of a link
+        name = case_name(absolute)
         if name in targets:
             raise InputError(f"{image} and {targets[name][0]} have the same name. Segment them into different folders.")
-        is_frames = image.is_dir() and bool(frame_files(image))
-        suffix = "" if is_frames else image_suffix(image) if image_suffix(image) in (".nrrd", ".mha") else ".nii.gz"
-        targets[name] = (image, output / f"{name}{suffix}")
+        kept = image_suffix(absolute).lower()
+        suffix = "" if _holds_frames(absolute) else kept if kept in (".nrrd", ".mha") else ".nii.gz"
+        targets[name] = (absolute, output / f"{name}{suffix}")
     return targets
+
+
+def _holds_frames(image: Path) -> bool:
+    """Whether it is a folder of frames; beside DICOM files they are previews."""
+    if not image.is_dir() or not frame_files(image):
+        return False
+    return not any(path.is_file() and is_dicom(path) for path in image.iterdir())

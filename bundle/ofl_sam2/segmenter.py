@@ -186,11 +186,10 @@ class VolumeSegmenter:
         """Frozen features of inputs `(N, 3, size, size)`, rounded to float16, each slice encoded once."""
         keys = [self.cache.key(self.backbone_hash, image.numpy()) for image in images]
         known = [self.cache.get(key) for key in keys]
-        missing = [i for i, entry in enumerate(known) if entry is None]
-        if missing:
-            fresh = self.backbone.encode_images(images[missing].to(self.device))
-            for row, i in enumerate(missing):
-                known[i] = self.cache.put(keys[i], {n: t.cpu() for n, t in vars(fresh[row : row + 1]).items()})
+        for i, entry in enumerate(known):
+            if entry is None:  # one by one: features depend on the batch size in the last bits
+                fresh = self.backbone.encode_images(images[i : i + 1].to(self.device))
+                known[i] = self.cache.put(keys[i], vars(fresh.to("cpu")))
         parts = [ImageFeatures(**entry) for entry in known if entry is not None]
         joined = ImageFeatures.cat(parts)
         return ImageFeatures(*(tensor.to(self.device) for tensor in vars(joined).values()))
@@ -209,16 +208,26 @@ class VolumeSegmenter:
         """Names of the structures to learn, ascending by value."""
         if not pool.cases:
             raise InputError("There is nothing to learn from. Give at least one labelled volume.")
-        names = {**default_structures(pool.values()), **self.structures} if structures is None else structures
-        absent = [f"{value}={name}" for value, name in names.items() if value not in pool.values()]
-        if absent:
-            found = ", ".join(map(str, pool.values()))
-            raise InputError(f"No label holds {', '.join(absent)}; the labels hold {found}. Correct the structures.")
+        found = pool.values()
+        if structures is None:
+            names = {value: self.structures.get(value, name) for value, name in default_structures(found).items()}
+        else:
+            names = structures
+        absent = [f"{value}={name}" for value, name in names.items() if value not in found]
+        if absent or not names:
+            raise InputError(
+                f"No label holds {', '.join(absent) or 'a structure'}; the labels hold {', '.join(map(str, found)) or 'none'}. "
+                "Correct the labels or the structures."
+            )
+        if len(set(names.values())) < len(names):
+            raise InputError(f"Two structures have the same name: {', '.join(names.values())}. Give each its own.")
         return dict(sorted(names.items()))
 
     def _pooled(self, case: LabelledCase, progress: Progress | None, cancel: CancelToken | None) -> PooledCase:
         stack = self.stack(case.volume)
         slices = tuple(range(len(stack))) if case.labelled_slices is None else case.labelled_slices
+        if not slices or not case.values:
+            raise InputError(f"{case.volume.name} has no labelled slice. Label at least one.")
         parts, done = [], 0
         for batch in _StackFeatures(self, stack).batches(slices, cancel):
             parts.append(ImageFeatures(*(tensor.half().cpu() for tensor in vars(batch).values())))

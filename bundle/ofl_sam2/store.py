@@ -1,7 +1,8 @@
 """A learned model as a folder: published atomically, checked by sha256, readable without the training data.
 
 `model.json` names everything else by content: `learner-*.safetensors` (learner and fusion), `pool-*.safetensors` (one a
-labelled case: frozen features and labels of its slices). It is replaced last, so a crash leaves the old or the new model.
+labelled case: frozen features and labels of its slices). It is replaced last, so a crash leaves the old or the new
+model. One process at a time saves into a folder.
 """
 
 import hashlib
@@ -107,14 +108,16 @@ class ModelIndex:
             through_plane=_typed(content["slicing"]["through_plane"], bool),
             structures={int(value): _typed(name, str) for value, name in content["structures"].items()},
             settings=Settings.from_dict(content["settings"]),
-            learner=StoredFile(**_stored(content["learner"])),
-            pool=tuple(StoredCase(**_stored(entry), **_slices(entry)) for entry in _typed(content["pool"], list)),
+            learner=_stored_file(content["learner"]),
+            pool=tuple(_stored_case(entry) for entry in _typed(content["pool"], list)),
             notes=_typed(content["notes"], dict),
         )
         if index.axis not in (0, 1, 2):
             raise ValueError(f"axis {index.axis}")
-        if not index.pool or not index.structures or not all(0 < v <= _MAX_VALUE for v in index.structures):
-            raise ValueError("it needs a case, and structures with values from 1 to 255")
+        if not all(case.slices for case in index.pool) or not index.pool:
+            raise ValueError("no labelled slices")
+        if not all(0 < value <= _MAX_VALUE for value in index.structures) or not index.structures:
+            raise ValueError(f"structures {index.structures}")
         return index
 
 
@@ -224,16 +227,17 @@ def _typed(value: Any, kind: type[T]) -> T:
     return value
 
 
-def _stored(entry: dict[str, Any]) -> dict[str, str]:
+def _stored_file(entry: dict[str, Any]) -> StoredFile:
     """File and sha256 of an entry; the file lies in the model folder itself, whatever the entry says."""
     name, sha256 = _typed(entry["file"], str), _typed(entry["sha256"], str)
     if not _FILE.fullmatch(name):
         raise ValueError(f"'{name}' is no name of a file in a model folder")
-    return {"file": name, "sha256": sha256}
+    return StoredFile(name, sha256)
 
 
-def _slices(entry: dict[str, Any]) -> dict[str, Any]:
-    return {"case": _typed(entry["case"], str), "slices": tuple(_typed(i, int) for i in _typed(entry["slices"], list))}
+def _stored_case(entry: dict[str, Any]) -> StoredCase:
+    slices = tuple(_typed(index, int) for index in _typed(entry["slices"], list))
+    return StoredCase(**vars(_stored_file(entry)), case=_typed(entry["case"], str), slices=slices)
 
 
 def _checked(folder: Path, stored: StoredFile) -> Path:

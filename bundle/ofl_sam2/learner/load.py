@@ -40,10 +40,10 @@ def read_learner(path: Path, sha256: str | None = None) -> FewShotLearner:
     try:
         with safe_open(path, "pt") as file:
             shape = file.metadata() or {}
-        widths = [int(shape[name]) for name in ("channels", "inputs", "encoding")]
-        if not all(0 < width <= _MOST_CHANNELS for width in widths):
-            raise ValueError(f"widths {widths}")
-        learner = FewShotLearner(*widths, label_generator=shape["kind"])
+        channels, inputs, encoding = (int(shape[name]) for name in ("channels", "inputs", "encoding"))
+        if not all(0 < width <= _MOST_CHANNELS for width in (channels, inputs, encoding)):
+            raise ValueError(f"{channels}, {inputs} and {encoding} channels")
+        learner = FewShotLearner(channels, inputs, encoding, label_generator=shape["kind"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise WeightsError(f"{path} is no few-shot learner (header: {error}). Train or learn again.") from error
     load_strict(learner, state, source=str(path))
