@@ -125,6 +125,9 @@ def test_cases_that_did_not_change_are_not_written_again(folder, extended, learn
     unchanged = {stored.file for stored in read_index(folder).pool if stored.case != "c"}
     assert len(unchanged) == 2
     assert {name: before[name] for name in unchanged} == {name: after[name] for name in unchanged}
+    save_model(extended, folder)
+    again = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert {name for name in again if again[name] != after.get(name)} == {INDEX}
 
 
 def test_what_the_new_model_does_not_name_is_removed_and_nothing_else(folder, extended):

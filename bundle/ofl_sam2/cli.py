@@ -48,7 +48,7 @@ def learn(
     model: Model,
     cases: Cases = None,
     structures: Structures = None,
-    backbone: Backbone = "nano",
+    backbone: Backbone = None,
     image_size: ImageSize = None,
     device: Device = "cpu",
     ignore_empty_slices: IgnoreEmpty = False,
@@ -83,7 +83,7 @@ def train(
     model: Model,
     cases: Cases = None,
     structures: Structures = None,
-    backbone: Backbone = "nano",
+    backbone: Backbone = None,
     image_size: ImageSize = None,
     device: Device = "cpu",
     ignore_empty_slices: IgnoreEmpty = False,
@@ -211,7 +211,7 @@ def weights_list() -> None:
 
 
 @weights_app.command("fetch")
-def weights_fetch(name: Annotated[str, typer.Argument(help="Name from 'weights list'.")]) -> None:
+def weights_fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="Name from 'weights list'.")]) -> None:
     """Download and verify SAM2.1 weights; an interrupted download goes on."""
     from ofl_sam2.backbone.weights import fetch
 
@@ -219,7 +219,7 @@ def weights_fetch(name: Annotated[str, typer.Argument(help="Name from 'weights l
 
 
 @weights_app.command("verify")
-def weights_verify(path: Annotated[Path, typer.Argument(help="A weights file.")]) -> None:
+def weights_verify(path: Annotated[Path, typer.Argument(metavar="PATH", help="A weights file.")]) -> None:
     """Identify a weights file by its sha256."""
     from ofl_sam2.backbone.weights import verify
 

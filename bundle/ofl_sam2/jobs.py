@@ -16,7 +16,7 @@ from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.console import err, progress
 from ofl_sam2.dataset import Case, LabelledCase, find_cases, load_case, parse_structures
 from ofl_sam2.dicom import is_dicom
-from ofl_sam2.errors import InputError, ModelError, OFLError
+from ofl_sam2.errors import InputError, ModelError
 from ofl_sam2.files import case_name, image_suffix, read_volume, write_labels
 from ofl_sam2.frames import frame_files
 from ofl_sam2.learner.few_shot import FewShotLearner
@@ -228,7 +228,7 @@ def pretrain_nano(
         raise InputError(f"Pretraining for {minutes:g} minutes is not possible. Give a positive number of --minutes.")
     if output.suffix != ".safetensors":
         raise InputError(f"The weights are written as .safetensors, not as {output.name}. Choose such a name.")
-    state = _checkpoint(resume) if resume else PretrainingState.fresh(seed)
+    state = PretrainingState.load(resume) if resume else PretrainingState.fresh(seed)
     stage = ""
     with progress("pretrain", unit="%") as done:
         for report in pretrain(state, output.with_suffix(".checkpoint.pt"), minutes, device, seed, cancel=cancel):
@@ -244,18 +244,6 @@ def pretrain_nano(
     with atomic_path(output.with_name(f"{output.stem}_learner.safetensors")) as temporary:
         temporary.write_bytes(learner_bytes(cast(FewShotLearner, learner)))
     return state.step
-
-
-def _checkpoint(path: Path) -> PretrainingState:
-    try:
-        return PretrainingState.load(path)
-    except OFLError:
-        raise
-    except Exception as error:  # the reader raises anything on damaged bytes
-        raise InputError(
-            f"{path} is no checkpoint of a pretraining ({type(error).__name__}), or it is damaged. "
-            "Leave --resume out to start anew."
-        ) from error
 
 
 def _labelled(images: Path, labels: Path, names: Sequence[str] | None) -> list[Case]:

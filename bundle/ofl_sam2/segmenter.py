@@ -215,10 +215,8 @@ class VolumeSegmenter:
             names = structures
         absent = [f"{value}={name}" for value, name in names.items() if value not in found]
         if absent or not names:
-            raise InputError(
-                f"No label holds {', '.join(absent) or 'a structure'}; the labels hold {', '.join(map(str, found)) or 'none'}. "
-                "Correct the labels or the structures."
-            )
+            wanted, held = ", ".join(absent) or "a structure", ", ".join(map(str, found)) or "none"
+            raise InputError(f"No label holds {wanted}; the labels hold {held}. Correct the labels or the structures.")
         if len(set(names.values())) < len(names):
             raise InputError(f"Two structures have the same name: {', '.join(names.values())}. Give each its own.")
         return dict(sorted(names.items()))

@@ -108,7 +108,7 @@ def test_a_learner_of_an_impossible_shape_is_refused_without_being_built(folder,
     state = load_file(next(folder.glob("learner-*")))
     shape = {"channels": "128", "inputs": "32", "encoding": "32", "kind": "mask"}
     replace(folder, "learner", save(state, {**shape, **header} if header else None))
-    with pytest.raises(WeightsError, match="no few-shot learner|do not fit FewShotLearner"):
+    with pytest.raises(WeightsError, match=r"no few-shot learner|do not fit FewShotLearner"):
         load_model(folder)
 
 

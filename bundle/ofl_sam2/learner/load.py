@@ -1,5 +1,6 @@
 """Learners ready for use: fresh, shipped with a backbone, or read from a file."""
 
+import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -25,9 +26,13 @@ def shipped_learner(backbone: str, channels: int) -> FewShotLearner:
 
 
 def learner_bytes(learner: FewShotLearner) -> bytes:
-    """A learner with its shape as the content of a safetensors file."""
+    """A learner with its shape as the content of a safetensors file; the same learner gives the same bytes."""
     shape = {name: str(getattr(learner, name)) for name in ("channels", "inputs", "encoding", "kind")}
-    return save({name: value.cpu().contiguous() for name, value in learner.state_dict().items()}, shape)
+    content = save({name: value.cpu().contiguous() for name, value in learner.state_dict().items()}, shape)
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True).encode()  # `save` writes any order
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 def read_learner(path: Path, sha256: str | None = None) -> FewShotLearner:

@@ -55,10 +55,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("memory, small", 0.25, 128, 6, 3, 6e-4, True, False),
-    Stage("joint, small", 0.30, 128, 6, 3, 6e-4, True, True),
-    Stage("joint", 0.30, 256, 4, 3, 3e-4, True, True),
-    Stage("learner", 0.15, 256, 4, 4, 1e-3, False, True),
+    Stage("memory, small", 0.20, 128, 6, 3, 6e-4, True, False),
+    Stage("joint, small", 0.35, 128, 6, 3, 6e-4, True, True),
+    Stage("joint", 0.25, 256, 4, 3, 4e-4, True, True),
+    Stage("learner", 0.20, 256, 4, 4, 1e-3, False, True),
 )
 
 
@@ -97,15 +97,22 @@ class PretrainingState:
 
     @classmethod
     def load(cls, path: Path) -> "PretrainingState":
-        """Read a checkpoint."""
+        """Read a checkpoint.
+
+        Raises:
+            InputError: there is none, or it is damaged or of another network.
+        """
         if not path.is_file():
             raise InputError(f"There is no checkpoint {path} to resume from. Leave --resume out to start anew.")
-        saved = torch.load(path, weights_only=True, map_location="cpu")
         state = cls.fresh(0)
-        state.backbone.load_state_dict(saved["backbone"])
-        state.learner.load_state_dict(saved["learner"])
-        state.average.load_state_dict(saved["average"])
-        state.step, state.spent = saved["step"], saved["spent"]
+        try:
+            saved = torch.load(path, weights_only=True, map_location="cpu")
+            state.backbone.load_state_dict(saved["backbone"])
+            state.learner.load_state_dict(saved["learner"])
+            state.average.load_state_dict(saved["average"])
+            state.step, state.spent = saved["step"], saved["spent"]
+        except Exception as error:
+            raise InputError(f"The checkpoint {path} cannot be used: damaged, or of another version.") from error
         return state
 
 
@@ -178,9 +185,8 @@ def _run_stage(state: PretrainingState, stage: Stage, window: tuple[float, float
     trained = [p for p in (*state.backbone.parameters(), *state.learner.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=stage.rate, weight_decay=0.02, betas=(0.9, 0.98))
     batches = _batches(stage, plan.seed + state.step + 10**6 * _rank(), plan.workers)
-    first, saved = state.step, state.spent
+    first, saved, clock = state.step, state.spent, time.perf_counter()
     while state.spent < window[1] and not plan.cancel.cancelled:
-        started = time.perf_counter()
         done = (state.spent - window[0]) / (window[1] - window[0])
         for group in optimizer.param_groups:
             group["lr"] = _rate(stage, state.step - first, done)
@@ -188,7 +194,8 @@ def _run_stage(state: PretrainingState, stage: Stage, window: tuple[float, float
         loss = torch.stack([segmentation_loss(*pair) for branch in outputs for pair in branch]).mean()
         optimizer.zero_grad()
         loss.backward()
-        state.spent = _synchronise(trained, state.spent + time.perf_counter() - started)
+        before, clock = clock, time.perf_counter()
+        state.spent = _synchronise(trained, state.spent + clock - before)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         state.step += 1

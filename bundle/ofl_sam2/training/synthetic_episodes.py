@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ofl_sam2.training.synthetic import Dice, Palette, deform, random_anatomy, random_palette, render
 
 MIN_PIXELS = 12
+MAX_QUERIES = 6
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class SyntheticEpisodes(IterableDataset):
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
+        if queries > MAX_QUERIES:
+            raise ValueError(
+                f"{queries} query slices do not fit into the thinnest volumes; take at most {MAX_QUERIES}."
+            )
         self.size, self.episodes, self.objects, self.queries = size, episodes, objects, queries
         self.supports, self.seed, self.device = supports, seed, device
 

@@ -1,0 +1,69 @@
+"""Hippocampus MR, nano: learn from the first dev_shots, score on dev_val. Memory only, learn, ablations, train."""
+
+import argparse
+import time
+
+from support import HIPPOCAMPUS, RESULTS, data_folder, evaluate, labelled, nano, rounded, splits, write
+
+from ofl_sam2.overlay import Overlay, summary_figure
+from ofl_sam2.segmenter import with_settings
+from ofl_sam2.training.trainer import TrainingSettings, train
+
+ABLATIONS = {
+    "memory only": {"online_branch": False},
+    "learn": {},
+    "plain steepest descent": {"preconditioned": False},
+    "exact ridge": {"exact_ridge": True},
+    "no fusion gates": {"adaptive_fusion": False},
+    "no online update": {"online_update": False},
+    "first to last": {"order": "first_to_last"},
+}
+
+
+def main(shots: int, minutes: float) -> None:
+    folder, split = data_folder("msd_hippocampus"), splits()
+    support = [labelled(folder, name) for name in split["dev_shots"][:shots]]
+    cases = [labelled(folder, name) for name in split["dev_val"]]
+    segmenter = nano()
+    started = time.perf_counter()
+    segmenter.learn(support, HIPPOCAMPUS)
+    learn_seconds = time.perf_counter() - started
+    rows = {}
+    for name, changes in ABLATIONS.items():
+        rows[name] = row(*evaluate(with_settings(segmenter, **changes), cases))
+        print(name, rows[name]["mean"], flush=True)
+    reports = train(segmenter, support, TrainingSettings(minutes=minutes))
+    report, results = evaluate(segmenter, cases)
+    rows[f"train {minutes:g} min"] = row(report, results)
+    print(f"train {minutes:g} min", report.mean(), flush=True)
+    rows["trained, memory only"] = row(*evaluate(with_settings(segmenter, online_branch=False), cases))
+    overlays = {
+        case.volume.name: Overlay(case.volume, result.labels, HIPPOCAMPUS, case.labels)
+        for case, result in zip(cases, results, strict=True)
+    }
+    summary_figure(RESULTS / f"hippocampus_{shots}.png", report, overlays.__getitem__)
+    write(
+        f"hippocampus_{shots}",
+        {
+            "learned_from": split["dev_shots"][:shots],
+            "scored_on": f"{len(cases)} dev_val cases",
+            "learn_seconds": round(learn_seconds, 2),
+            "epochs": len(reports),
+            "losses": [round(entry.loss, 4) for entry in reports],
+            "dice": rows,
+        },
+    )
+
+
+def row(report, results) -> dict:
+    per_structure = {name: values["dice"] for name, values in report.mean_per_structure().items()}
+    slices = sum(len(result.confidence) for result in results)
+    seconds = sum(result.seconds for result in results) / slices
+    return {**rounded(per_structure), "mean": round(report.mean()["dice"], 4), "seconds_per_slice": round(seconds, 4)}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shots", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    main(**vars(parser.parse_args()))
