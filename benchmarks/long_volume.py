@@ -1,4 +1,4 @@
-"""Memory against length: volumes of 512 x 512 x n segmented with a disk cache; resident memory beyond image and label."""
+"""Memory against length: 512 x 512 x n volumes with a disk cache; resident memory beyond image and label."""
 
 import subprocess
 import sys
