@@ -13,10 +13,7 @@ ABLATIONS = {
     "memory only": {"online_branch": False},
     "learn": {},
     "plain steepest descent": {"preconditioned": False},
-    "exact ridge": {"exact_ridge": True},
-    "no fusion gates": {"adaptive_fusion": False},
-    "no online update": {"online_update": False},
-    "first to last": {"order": "first_to_last"},
+    "one absent support": {"absent_supports": 1},
 }
 
 

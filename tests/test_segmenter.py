@@ -240,7 +240,7 @@ def test_other_settings_share_what_was_learned(segmenter):
         {"order": "first_to_last"},
         {"gamma": 0.0},
         {"gamma": 1.0},
-        {"supports": 3, "memory_supports": 3},
+        {"supports": 3, "absent_supports": 1, "memory_supports": 3},
         {"absent_supports": 0},
         {"memory_supports": 1},
         {"recent": 0},

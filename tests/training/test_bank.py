@@ -132,10 +132,10 @@ def test_slices_that_all_hold_the_structure_leave_no_absent_support(nano):
         assert all(masks.any() for masks in episode.support_masks)
 
 
-def test_now_and_then_one_support_lacks_the_structure(nano):
+def test_up_to_half_of_the_supports_lack_the_structure(nano):
     bank = EpisodeBank(nano, [pooled("a"), pooled("b", seed=1)], (1,))
     absent = [sum(not masks.any() for masks in episode.support_masks) for episode in draws(bank)]
-    assert set(absent) == {0, 1}
+    assert max(absent) == 2
 
 
 @pytest.mark.parametrize("slices", [(7,), (0, 9), (3, 4, 8)])

@@ -75,10 +75,10 @@ class EpisodeBank:
         return other_cases or [i for i in usable if self.volumes[i] is not query] or usable
 
     def _query_rows(self, dice: Dice, query: PooledCase) -> list[int]:
-        """Neighbouring slices in either direction, most often around a structure."""
+        """Neighbouring slices in either direction, half of them around a structure, half of them anywhere."""
         filled = [row for row, values in enumerate(query.present) if values & set(self.structures)]
         last = len(query.slices) - 1
-        around = filled and dice.chance(0.85)
+        around = filled and dice.chance(0.5)
         centre = filled[dice.integer(0, len(filled) - 1)] if around else dice.integer(0, last)
         first = centre - dice.integer(0, self.queries - 1)
         rows = [min(max(first + i, 0), last) for i in range(self.queries)]
@@ -91,7 +91,7 @@ class EpisodeBank:
         return shuffled[: self.objects]
 
     def _support_rows(self, dice: Dice, query: PooledCase, rows: list[int], source: int, value: int) -> list[int]:
-        """A random half of the most similar slices with the structure, and now and then one without it.
+        """Random ones of the most similar slices, half of them without the structure where there are such.
 
         Of the query's own case, slices next to the query serve only where the structure is in no other slice.
         """
@@ -101,12 +101,10 @@ class EpisodeBank:
         same = volume.name == query.name
         apart = [row for row in ranked if not same or all(abs(row - other) > 1 for other in rows)]
         with_it, anywhere = ([row for row in group if value in volume.present[row]] for group in (apart, ranked))
-        without = [row for row in apart if value not in volume.present[row]][:3]
-        absent = [without[dice.integer(0, len(without) - 1)]] if without and dice.chance(0.5) else []
+        without = [row for row in apart if value not in volume.present[row]]
+        absent = _sample(dice, without[: self.supports], self.supports // 2)
         wanted = self.supports - len(absent)
-        candidates = (with_it or anywhere)[: 2 * wanted]
-        order = sorted(range(len(candidates)), key=lambda _: dice.uniform(0, 1))[:wanted]
-        chosen = [candidates[i] for i in sorted(order)]
+        chosen = _sample(dice, (with_it or anywhere)[: 2 * wanted], wanted)
         return (chosen * self.supports)[:wanted] + absent
 
     def _masks(self, volume: PooledCase, rows: Sequence[int], values: Sequence[int]) -> Tensor:
@@ -124,6 +122,12 @@ class EpisodeBank:
             mask = self._masks(volume, [row], [value])
             self._memories[key] = self.backbone.remember_mask(volume.slice(row).to(self._device), mask)
         return self._memories[key]
+
+
+def _sample(dice: Dice, rows: list[int], count: int) -> list[int]:
+    """Draw up to `count` rows, in their order."""
+    order = sorted(range(len(rows)), key=lambda _: dice.uniform(0, 1))[:count]
+    return [rows[i] for i in sorted(order)]
 
 
 def _join(episodes: Sequence[Episode]) -> Episode:

@@ -27,11 +27,13 @@ def segmentation_loss(
     dice: float = 1.0,
     presence: float = 0.2,
     iou: float = 0.2,
+    empty: float = 0.0,
 ) -> Tensor:
     """Weighted loss of B decoded objects against masks `(B, size, size)` in [0, 1].
 
     Cross-entropy, Dice and the IoU loss (squared error of the predicted IoU) count where the object is present, the
-    presence loss everywhere. SAM2's own tracking losses in a light form.
+    presence loss everywhere, and `empty` weighs the cross-entropy where the object is absent. SAM2's own tracking losses
+    in a light form; SAM2 has no mask loss on absent objects.
     """
     target = shrink_masks(masks, decoded.logits.shape[-1])
     present = (masks.flatten(1).amax(1) > 0).float()
@@ -42,4 +44,6 @@ def segmentation_loss(
     quality = (decoded.iou - soft_iou(decoded.logits, target)) ** 2
     per_object = present * (cross_entropy * entropy + dice * dice_loss + iou * quality)
     presence_loss = functional.binary_cross_entropy_with_logits(decoded.presence, present)
-    return per_object.sum() / present.sum().clamp_min(1) + presence * presence_loss
+    absent = 1 - present
+    empty_loss = (absent * entropy).sum() / absent.sum().clamp_min(1)
+    return per_object.sum() / present.sum().clamp_min(1) + presence * presence_loss + empty * empty_loss

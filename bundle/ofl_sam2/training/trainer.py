@@ -46,8 +46,8 @@ class TrainingSettings:
     minutes: float = 5.0
     epochs: int | None = None
     steps_per_epoch: int = 10
-    episodes: int = 4
-    rate: float = 5e-4
+    episodes: int = 2
+    rate: float = 7e-4
     projection_rate: float = 0.2
     copies: int = 8
     max_slices: int = 800
@@ -209,7 +209,7 @@ class _Training:
         episode = self.bank.draw(self.dice, self.settings.episodes)
         outputs = unroll(self.backbone, self.learner, episode)
         pairs = zip(outputs, episode.query_masks, strict=True)
-        loss = torch.stack([segmentation_loss(decoded, masks, iou=0.0) for decoded, masks in pairs]).mean()
+        loss = torch.stack([segmentation_loss(decoded, masks, presence=1.0, empty=1.0) for decoded, masks in pairs]).mean()
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
