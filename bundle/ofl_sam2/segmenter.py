@@ -184,15 +184,15 @@ class VolumeSegmenter:
 
     def encode(self, images: Tensor) -> ImageFeatures:
         """Frozen features of inputs `(N, 3, size, size)`, rounded to float16, each slice encoded once."""
-        keys = [self.cache.key(self.backbone_hash, image.numpy()) for image in images]
-        known = [self.cache.get(key) for key in keys]
-        for i, entry in enumerate(known):
-            if entry is None:  # one by one: features depend on the batch size in the last bits
-                fresh = self.backbone.encode_images(images[i : i + 1].to(self.device))
-                known[i] = self.cache.put(keys[i], vars(fresh.to("cpu")))
-        parts = [ImageFeatures(**entry) for entry in known if entry is not None]
-        joined = ImageFeatures.cat(parts)
-        return ImageFeatures(*(tensor.to(self.device) for tensor in vars(joined).values()))
+        parts = []
+        for image in images:  # one by one: features depend on the batch size in the last bits
+            key = self.cache.key(self.backbone_hash, image.numpy())
+            entry = self.cache.get(key)
+            if entry is None:
+                fresh = self.backbone.encode_images(image[None].to(self.device))
+                entry = self.cache.put(key, vars(fresh.to("cpu")))
+            parts.append(ImageFeatures(**entry))
+        return ImageFeatures.cat(parts).to(self.device)
 
     @property
     def device(self) -> torch.device:

@@ -39,8 +39,8 @@ class Settings:
         order: slice order.
         gamma: confidence in [0, 1] from which a segmented slice is learned from.
         supports: labelled slices the learner works on for each query slice, N.
-        absent_supports: how many of the supports are slices without the structure; half of them gave the best Dice and the
-            best agreement of quality estimate and Dice in cross-validation.
+        absent_supports: how many of the supports are slices without the structure; half of them gave the best Dice
+            and the best agreement of quality estimate and Dice in cross-validation.
         memory_supports: how many of the supports also condition SAM2's memory attention.
         recent: accepted query slices kept in SAM2's memory, at most 6.
         query_capacity: accepted query slices kept in the learner's working set.

@@ -32,8 +32,8 @@ def segmentation_loss(
     """Weighted loss of B decoded objects against masks `(B, size, size)` in [0, 1].
 
     Cross-entropy, Dice and the IoU loss (squared error of the predicted IoU) count where the object is present, the
-    presence loss everywhere, and `empty` weighs the cross-entropy where the object is absent. SAM2's own tracking losses
-    in a light form; SAM2 has no mask loss on absent objects.
+    presence loss everywhere, and `empty` weighs the cross-entropy where the object is absent. SAM2's own tracking
+    losses in a light form; SAM2 has no mask loss on absent objects.
     """
     target = shrink_masks(masks, decoded.logits.shape[-1])
     present = (masks.flatten(1).amax(1) > 0).float()

@@ -209,7 +209,9 @@ class _Training:
         episode = self.bank.draw(self.dice, self.settings.episodes)
         outputs = unroll(self.backbone, self.learner, episode)
         pairs = zip(outputs, episode.query_masks, strict=True)
-        loss = torch.stack([segmentation_loss(decoded, masks, presence=1.0, empty=1.0) for decoded, masks in pairs]).mean()
+        loss = torch.stack(
+            [segmentation_loss(decoded, masks, presence=1.0, empty=1.0) for decoded, masks in pairs]
+        ).mean()
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
