@@ -26,9 +26,8 @@ def measure(length: int) -> None:
     volume = phantom(rng, 512, length)
     process, most = psutil.Process(), 0
     with tempfile.TemporaryDirectory() as folder:
-        segmenter.cache = FeatureCache(Path(folder), max_bytes=4 << 30, memory_bytes=32 << 20)
+        segmenter.cache = FeatureCache(Path(folder), max_bytes=4 << 30, memory_bytes=4 << 20)
         arrays = volume.voxels.nbytes + volume.voxels.size
-        segmenter.segment(volume, progress=lambda done, total: None)  # warm: allocator pools and caches at their size
 
         def sample(done: int, total: int) -> None:
             nonlocal most

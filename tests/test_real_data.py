@@ -9,7 +9,7 @@ import pytest
 from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.dataset import Case, load_case
 from ofl_sam2.learner.load import shipped_learner
-from ofl_sam2.segmenter import VolumeSegmenter
+from ofl_sam2.segmenter import VolumeSegmenter, with_settings
 
 
 def dice(prediction, reference):
@@ -45,3 +45,26 @@ def test_cine_sequence_from_one_labelled_frame(data_dir, segmenter):
     assert result.labels.shape == case.labels.shape
     assert result.confidence.shape == (20, 1)
     assert dice(result.labels[..., frames["ed"]] == 1, case.labels[..., frames["ed"]] == 1) > 0.5
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1800)
+def test_the_learner_helps_on_twenty_hippocampus_cases(data_dir, segmenter):
+    folder = data_dir / "msd_hippocampus"
+    split = json.loads((folder / "splits.json").read_text())
+
+    def load(name):
+        return load_case(Case(name, folder / f"images/{name}.nii.gz", folder / f"labels/{name}.nii.gz"))
+
+    learned = VolumeSegmenter(segmenter.backbone, segmenter.learner, cache=segmenter.cache)
+    learned.learn([load(name) for name in split["dev_shots"][:2]], {1: "anterior", 2: "posterior"})
+    means = {}
+    for online in (True, False):
+        used = with_settings(learned, online_branch=online)
+        scores = []
+        for case in map(load, split["dev_val"]):
+            labels = used.segment(case.volume).labels
+            scores += [dice(labels == value, case.labels == value) for value in (1, 2)]
+        means[online] = np.mean(scores)
+    assert means[True] >= 0.60
+    assert means[True] > means[False] + 0.05
