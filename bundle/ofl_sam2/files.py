@@ -60,7 +60,14 @@ def is_image(path: Path) -> bool:
         return False
     if not path.is_dir():
         return image_suffix(path) != ""
-    return _is_sequence(path) or any(file.is_file() and is_dicom(file) for file in path.rglob("*"))
+    return is_sequence(path) or any(file.is_file() and is_dicom(file) for file in path.rglob("*"))
+
+
+def is_sequence(path: Path) -> bool:
+    """Whether `path` is a folder of frames; beside DICOM files they are previews."""
+    if not path.is_dir() or not frame_files(path):
+        return False
+    return not any(file.is_file() and is_dicom(file) for file in path.iterdir())
 
 
 def read_volume(path: Path | str) -> Volume:
@@ -89,7 +96,7 @@ def read_labels(path: Path | str, volume: Volume | None = None) -> Volume:
         InputError: unreadable, fractions or negative values, masks that do not match the frames.
     """
     path = Path(path)
-    if path.is_dir() and _is_sequence(path):
+    if is_sequence(path):
         labels = read_masks(path, volume if volume is not None and volume.frames else None)
     else:
         labels = read_volume(path)
@@ -141,11 +148,6 @@ def write_labels(path: Path | str, labels: NDArray[Any], like: Volume) -> None:
         raise InputError(f"Cannot write {path}: unknown suffix. Use one of {', '.join(_WRITE_SUFFIXES)}{folder}.")
 
 
-def _is_sequence(folder: Path) -> bool:
-    """Whether the folder holds frames; beside DICOM files they are previews."""
-    return bool(frame_files(folder)) and not any(path.is_file() and is_dicom(path) for path in folder.iterdir())
-
-
 def _guarded_read(path: Path) -> Volume:
     if not path.exists():
         raise InputError(f"{path} does not exist. Check the path.")
@@ -160,7 +162,7 @@ def _guarded_read(path: Path) -> Volume:
 
 def _read(path: Path) -> Volume:
     if path.is_dir():
-        return read_frames(path) if _is_sequence(path) else read_series(path)
+        return read_frames(path) if is_sequence(path) else read_series(path)
     suffix = image_suffix(path).lower()
     if suffix in _NIFTI_SUFFIXES:
         return _read_nifti(path)

@@ -15,10 +15,8 @@ from ofl_sam2.backbone.frozen import SAM2Backbone
 from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.console import err, progress
 from ofl_sam2.dataset import Case, LabelledCase, find_cases, load_case, parse_structures
-from ofl_sam2.dicom import is_dicom
 from ofl_sam2.errors import InputError, ModelError
-from ofl_sam2.files import case_name, image_suffix, read_volume, write_labels
-from ofl_sam2.frames import frame_files
+from ofl_sam2.files import case_name, image_suffix, is_sequence, read_volume, write_labels
 from ofl_sam2.learner.few_shot import FewShotLearner
 from ofl_sam2.learner.load import learner_bytes, shipped_learner
 from ofl_sam2.memory.cache import FeatureCache
@@ -274,13 +272,6 @@ def _targets(images: Sequence[Path], output: Path) -> dict[str, tuple[Path, Path
         if name in targets:
             raise InputError(f"{image} and {targets[name][0]} have the same name. Segment them into different folders.")
         kept = image_suffix(absolute).lower()
-        suffix = "" if _holds_frames(absolute) else kept if kept in (".nrrd", ".mha") else ".nii.gz"
+        suffix = "" if is_sequence(absolute) else kept if kept in (".nrrd", ".mha") else ".nii.gz"
         targets[name] = (absolute, output / f"{name}{suffix}")
     return targets
-
-
-def _holds_frames(image: Path) -> bool:
-    """Whether it is a folder of frames; beside DICOM files they are previews."""
-    if not image.is_dir() or not frame_files(image):
-        return False
-    return not any(path.is_file() and is_dicom(path) for path in image.iterdir())

@@ -161,9 +161,7 @@ class VolumeSegmenter:
             if cancel:
                 cancel.check()
         quality = volume_quality(confidence, present).tolist()
-        voxels = [
-            int(labels[k].sum()) if self.settings.overlap else int((labels == v).sum()) for k, v in enumerate(values)
-        ]
+        voxels = [int(labels[k].sum()) if overlap else int((labels == v).sum()) for k, v in enumerate(values)]
         return Segmentation(
             labels,
             dict(self.structures),
@@ -228,7 +226,7 @@ class VolumeSegmenter:
             raise InputError(f"{case.volume.name} has no labelled slice. Label at least one.")
         parts, done = [], 0
         for batch in _StackFeatures(self, stack).batches(slices, cancel):
-            parts.append(ImageFeatures(*(tensor.half().cpu() for tensor in vars(batch).values())))
+            parts.append(batch.to("cpu", torch.float16))
             done += len(batch)
             if progress:
                 progress(done, len(slices))

@@ -41,9 +41,9 @@ class _Batch:
         """Return the same values without their graph."""
         return self._map(Tensor.detach)
 
-    def to(self: _B, device: torch.device | str) -> _B:
-        """Return the same values on a device."""
-        return self._map(lambda tensor: tensor.to(device))
+    def to(self: _B, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> _B:
+        """Return the same values on another device, of another dtype, or both."""
+        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
 
     @classmethod
     def cat(cls: type[_B], parts: Sequence[_B]) -> _B:

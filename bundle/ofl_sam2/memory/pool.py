@@ -49,8 +49,7 @@ class PooledCase:
 
     def slice(self, row: int) -> ImageFeatures:
         """Features of one slice, float32, N = 1."""
-        features = self.features[row : row + 1]
-        return ImageFeatures(features.stride4.float(), features.stride8.float(), features.stride16.float())
+        return self.features[row : row + 1].to(dtype=torch.float32)
 
     def mask(self, row: int, value: int) -> Tensor:
         """Mask `(size, size)` in {0, 1} of one structure in one slice."""

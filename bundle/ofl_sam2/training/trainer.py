@@ -135,7 +135,7 @@ def bank_volumes(
                 if cancel:
                     cancel.check()
                 features = segmenter.backbone.encode_images(batch.to(segmenter.device))
-                parts.append(ImageFeatures(*(tensor.half().cpu() for tensor in vars(features).values())))
+                parts.append(features.to("cpu", torch.float16))
             volumes.append(PooledCase(original.name, original.slices, ImageFeatures.cat(parts), labels))
             done += len(images)
             if encoded:
