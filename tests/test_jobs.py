@@ -26,6 +26,7 @@ from ofl_sam2.jobs import (
     train_cases,
 )
 from ofl_sam2.learner.load import read_learner
+from ofl_sam2.memory.pool import MAIN
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.store import load_model, read_index
 from ofl_sam2.training import pretraining
@@ -138,9 +139,9 @@ def test_training_is_noted_and_a_seed_reproduces_it(learn, study, tmp_path):
     taus = []
     for _ in range(2):
         segmenter, _ = learn(["a", "b"], fresh=True)
-        reports = train_on(study, tmp_path / "model", segmenter, ["a", "b"])
+        reports = train_on(study, tmp_path / "model", segmenter, ["a", "b"]).reports
         assert [report.epoch for report in reports] == [1, 2]
-        taus.append(load_model(tmp_path / "model").solution.tau)
+        taus.append(load_model(tmp_path / "model").view(MAIN).solution.tau)
     assert torch.equal(*taus)
     notes = read_index(tmp_path / "model").notes
     assert notes["trained_on"] == ["a", "b"]

@@ -12,7 +12,7 @@ from ofl_sam2 import propagation
 from ofl_sam2.backbone.frozen import Memory
 from ofl_sam2.learner.few_shot import KERNEL
 from ofl_sam2.learner.steepest_descent import loss
-from ofl_sam2.memory.pool import SupportKey
+from ofl_sam2.memory.pool import MAIN, SupportKey
 from ofl_sam2.memory.working_set import WorkingSet
 from ofl_sam2.propagation import Propagation, SupportEncoder, solve_on_pool, visiting_order
 from ofl_sam2.settings import Order, Settings
@@ -192,7 +192,7 @@ def test_a_structure_with_few_labelled_slices_repeats_them(make_segmenter, make_
     cases = (make_case("a"), make_case("b", values=(1,), labelled_slices=(1, 2, 3)))
     segmenter = make_segmenter(cases, supports=6, absent_supports=0)
     encoder = SupportEncoder(segmenter.backbone, segmenter.learner, segmenter.pool)
-    propagated = Propagation(encoder, (1, 2), segmenter.solution, segmenter.settings)
+    propagated = Propagation(encoder, (1, 2), segmenter.view(MAIN).solution, segmenter.settings)
     with torch.no_grad():
         supports = propagated._retrieve(slices[0])
     assert [len(own) for own in supports] == [6, 6]

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from ofl_sam2.canvas import merge
 from ofl_sam2.errors import Cancelled, InputError
 from ofl_sam2.memory.cache import FeatureCache
+from ofl_sam2.memory.pool import MAIN
 from ofl_sam2.progress import CancelToken
-from ofl_sam2.segmenter import VolumeSegmenter, merge, with_settings
+from ofl_sam2.segmenter import VolumeSegmenter, with_settings
 from ofl_sam2.volume import Volume, canonical_view
 
 ORIENTATIONS = [
@@ -136,14 +138,14 @@ def test_a_cache_on_disk_changes_nothing_between_first_and_second_run(
 
 def test_learning_a_case_again_replaces_it(make_segmenter, make_case):
     segmenter = make_segmenter((make_case("a"), make_case("b", seed=1)))
-    before = segmenter.solution.tau
+    before = segmenter.view(MAIN).solution.tau
     again = make_case("a", seed=9, labelled_slices=(1, 2))
     segmenter.learn([again])
     assert list(segmenter.pool.cases) == ["a", "b"]
     assert segmenter.pool.cases["a"].slices == (1, 2)
-    assert not torch.equal(segmenter.solution.tau, before)
+    assert not torch.equal(segmenter.view(MAIN).solution.tau, before)
     fresh = make_segmenter((again, make_case("b", seed=1)))
-    assert torch.equal(segmenter.solution.tau, fresh.solution.tau)
+    assert torch.equal(segmenter.view(MAIN).solution.tau, fresh.view(MAIN).solution.tau)
 
 
 def test_new_cases_may_bring_new_structures(make_segmenter, make_case):
@@ -151,7 +153,7 @@ def test_new_cases_may_bring_new_structures(make_segmenter, make_case):
     assert segmenter.structures == {2: "structure_2"}
     segmenter.learn([make_case("b", values=(1,))], structures={2: "dim", 1: "bright"})
     assert list(segmenter.structures.items()) == [(1, "bright"), (2, "dim")]
-    assert len(segmenter.solution.tau) == 2
+    assert len(segmenter.view(MAIN).solution.tau) == 2
     segmenter.learn([make_case("c")])
     assert segmenter.structures == {1: "bright", 2: "dim"}
 
@@ -172,7 +174,7 @@ def test_what_cannot_be_learned_is_refused_and_changes_nothing(make_segmenter, m
         segmenter.learn([])
     with pytest.raises(InputError, match="No label holds 3=liver; the labels hold 1, 2"):
         segmenter.learn([make_case()], structures={1: "spleen", 3: "liver"})
-    assert (segmenter.axis, segmenter.through_plane, len(segmenter.pool)) == (None, False, 0)
+    assert (segmenter.axis, segmenter.viewpoint, len(segmenter.pool)) == (None, None, 0)
 
 
 def test_a_cancelled_learning_leaves_the_old_state(make_segmenter, make_case, query):
@@ -226,7 +228,7 @@ def test_other_settings_share_what_was_learned(segmenter):
     assert (other.settings.gamma, segmenter.settings.gamma) == (0.9, 0.5)
     assert other.pool is segmenter.pool
     assert (other.structures, other.axis) == (segmenter.structures, segmenter.axis)
-    assert not torch.equal(other.solution.tau, segmenter.solution.tau)
+    assert not torch.equal(other.view(MAIN).solution.tau, segmenter.view(MAIN).solution.tau)
 
 
 @pytest.mark.parametrize(

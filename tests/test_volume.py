@@ -174,12 +174,10 @@ def test_impossible_volumes_are_refused(arguments):
         Volume(**{"voxels": np.zeros((3, 3, 3)), "affine": np.eye(4), "name": "case"} | arguments)
 
 
-def test_impossible_axes_and_windows_are_refused():
+def test_impossible_axes_are_refused():
     volume = Volume(np.zeros((3, 4, 5)), np.eye(4), "case")
     with pytest.raises(InputError, match="axis 3"):
         SliceStack(volume, 3, 32)
-    with pytest.raises(InputError, match="focus window"):
-        SliceStack(volume, 2, 32, box=(0, 5, 0, 3))
 
 
 def test_ct_is_recognised_by_its_values():
@@ -217,7 +215,7 @@ def test_masks_survive_integer_upsampling_exactly(height, width, factor, seed):
     if any((geometry.size - side * factor) % 2 for side in (height, width)):
         geometry = PlaneGeometry((height, width), (0.8, 0.8), max(height, width) * factor * 2)
     mask = torch.from_numpy(np.random.default_rng(seed).integers(0, 2, (2, height, width)))
-    restored = geometry.from_input(geometry.to_input(mask)[:, 0], outside=0.0) > 0.5
+    restored = geometry.from_input(geometry.to_input(mask)[:, 0]) > 0.5
     assert torch.equal(restored, mask.bool())
 
 
@@ -228,7 +226,7 @@ def test_blobs_survive_any_upsampling(height, width, row_mm, column_mm, stride):
     rows, columns = torch.arange(height)[:, None], torch.arange(width)
     disc = ((rows / height - 0.5) ** 2 + (columns / width - 0.4) ** 2 < 0.09).float()[None]
     maps = torch.nn.functional.avg_pool2d(geometry.to_input(disc), stride)[:, 0]
-    restored = geometry.from_input(maps, outside=0.0) > 0.5
+    restored = geometry.from_input(maps) > 0.5
     dice = 2 * (restored * disc).sum() / (restored.sum() + disc.sum())
     assert dice > 0.9
 
@@ -240,7 +238,7 @@ def test_extreme_aspect_ratios_keep_at_least_one_pixel(height, width, row_mm, co
     top, left, content_height, content_width = geometry.content
     assert 1 <= content_height <= 64 and 1 <= content_width <= 64
     assert 0 <= top <= 64 - content_height and 0 <= left <= 64 - content_width
-    restored = geometry.from_input(torch.ones(1, 16, 16), outside=0.0)
+    restored = geometry.from_input(torch.ones(1, 16, 16))
     assert restored.shape == (1, height, width)
     assert torch.allclose(restored, torch.ones(()))
 
@@ -254,20 +252,8 @@ def test_pixels_are_made_square_and_the_padding_is_zero():
 
 def test_padding_does_not_bleed_into_the_edge_of_a_downsampled_slice():
     geometry = PlaneGeometry((200, 100), (1.0, 1.0), 32)
-    full = geometry.from_input(geometry.to_input(torch.ones(1, 200, 100))[:, 0], outside=0.0)
+    full = geometry.from_input(geometry.to_input(torch.ones(1, 200, 100))[:, 0])
     assert torch.allclose(full, torch.ones(()), atol=1e-5)
-
-
-def test_a_focus_window_zooms_in_and_fills_the_rest():
-    geometry = PlaneGeometry((40, 60), (1.0, 1.0), 64, box=(8, 24, 20, 36))
-    image = torch.rand(1, 40, 60)
-    inputs = geometry.to_input(image)
-    assert torch.equal(inputs, PlaneGeometry((16, 16), (1.0, 1.0), 64).to_input(image[:, 8:24, 20:36]))
-    restored = geometry.from_input(inputs[0], outside=-10.0)
-    outside = torch.ones(40, 60, dtype=torch.bool)
-    outside[8:24, 20:36] = False
-    assert (restored[0][outside] == -10).all()
-    assert (restored[0] - image[0])[~outside].abs().max() < 0.3
 
 
 def test_real_orientations_slice_the_same_way(data_dir):

@@ -103,15 +103,19 @@ def train(
     with cancel_on_interrupt() as cancel:
         segmenter = open_segmenter(model, backbone, image_size, device, cache_dir, fresh)
         result = learn_cases(segmenter, images, labels, model, _names(cases), structures, ignore_empty_slices, cancel)
-        reports = train_cases(segmenter, images, labels, model, result["cases"], settings, ignore_empty_slices, cancel)
+        trained = train_cases(segmenter, images, labels, model, result["cases"], settings, ignore_empty_slices, cancel)
     result |= {
-        "epochs": len(reports),
-        "losses": [round(report.loss, 4) for report in reports],
+        "epochs": len(trained.reports),
+        "losses": [round(report.loss, 4) for report in trained.reports],
+        "held_out_dice": {"before": trained.dice_before, "after": trained.dice_after},
+        "improved": trained.improved,
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_gb": round(peak_memory_gb(), 2),
     }
-    last = f", loss {reports[0].loss:.3f} -> {reports[-1].loss:.3f}" if reports else ""
-    out.print(f"Trained {len(reports)} epochs on {len(result['cases'])} cases in {result['seconds']} s{last}.")
+    out.print(f"Trained {len(trained.reports)} epochs on {len(result['cases'])} cases in {result['seconds']} s.")
+    if trained.dice_before is not None:
+        kept = "kept" if trained.improved else "no better, so the parameters stay as they were"
+        out.print(f"Dice of held-out labelled slices {trained.dice_before:.3f} -> {trained.dice_after:.3f}: {kept}.")
     out.print(f"Model: {model}")
     write_json(json, result)
 

@@ -24,7 +24,7 @@ from ofl_sam2.progress import CancelToken, Progress
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.store import is_model, load_model, read_index, save_model
 from ofl_sam2.training.pretraining import PretrainingState, pretrain
-from ofl_sam2.training.trainer import EpochReport, TrainingSettings, train
+from ofl_sam2.training.trainer import TrainingResult, TrainingSettings, train
 
 CACHE_BYTES = 4 << 30
 CHECKPOINT = "training.pt"
@@ -132,7 +132,7 @@ def train_cases(
     settings: TrainingSettings,
     ignore_empty_slices: bool,
     cancel: CancelToken,
-) -> list[EpochReport]:
+) -> TrainingResult:
     """Fit learner and fusion on cases that were learned, and save the model.
 
     Raises:
@@ -140,7 +140,7 @@ def train_cases(
     """
     loaded = list(_load(_labelled(images, labels, cases), segmenter, ignore_empty_slices))
     with progress("encode augmented copies") as encoded, progress("train", unit="%") as trained:
-        reports = train(
+        result = train(
             segmenter,
             loaded,
             settings,
@@ -149,11 +149,11 @@ def train_cases(
             encoded,
             cancel,
         )
-    seconds = reports[-1].seconds if reports else 0.0
+    seconds = result.reports[-1].seconds if result.reports else 0.0
     finished = {} if cancel.cancelled else {"trained_on": list(cases)}
     save_model(segmenter, model, {"trained_seconds": round(seconds, 1), **finished})
     cancel.check()
-    return reports
+    return result
 
 
 def segment_images(

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ofl_sam2.errors import InputError
-
 
 @dataclass(frozen=True)
 class PlaneGeometry:
@@ -19,73 +17,48 @@ class PlaneGeometry:
         shape: (H, W) of the slice in pixels.
         spacing: (row, column) pixel spacing in mm.
         size: side of the square input in pixels.
-        box: focus window (row0, row1, col0, col1) in slice pixels, ends exclusive; None is the whole slice.
 
     Example:
         >>> geometry = PlaneGeometry(shape=(20, 40), spacing=(1.0, 1.0), size=64)
         >>> geometry.to_input(torch.ones(1, 20, 40)).shape
         torch.Size([1, 1, 64, 64])
-        >>> geometry.from_input(torch.zeros(2, 16, 16), outside=0.0).shape
+        >>> geometry.from_input(torch.zeros(2, 16, 16)).shape
         torch.Size([2, 20, 40])
     """
 
     shape: tuple[int, int]
     spacing: tuple[float, float]
     size: int
-    box: tuple[int, int, int, int] | None = None
-
-    def __post_init__(self) -> None:
-        row0, row1, col0, col1 = self.window
-        if not (0 <= row0 < row1 <= self.shape[0] and 0 <= col0 < col1 <= self.shape[1]):
-            raise InputError(
-                f"The focus window rows {row0}:{row1}, columns {col0}:{col1} does not lie in a slice of "
-                f"{self.shape[0]} x {self.shape[1]} pixels. Choose a window inside the slice."
-            )
-
-    @property
-    def window(self) -> tuple[int, int, int, int]:
-        """The part of the slice that is shown: (row0, row1, col0, col1)."""
-        return self.box or (0, self.shape[0], 0, self.shape[1])
 
     @property
     def content(self) -> tuple[int, int, int, int]:
-        """Where the window lies in the square: (top, left, height, width) in input pixels."""
-        row0, row1, col0, col1 = self.window
-        extent = ((row1 - row0) * self.spacing[0], (col1 - col0) * self.spacing[1])
+        """Where the slice lies in the square: (top, left, height, width) in input pixels."""
+        extent = (self.shape[0] * self.spacing[0], self.shape[1] * self.spacing[1])
         height, width = (max(1, round(side * self.size / max(extent))) for side in extent)
         return (self.size - height) // 2, (self.size - width) // 2, height, width
 
     def to_input(self, images: Tensor) -> Tensor:
         """Resize slices `(N, H, W)` or `(N, C, H, W)` to inputs `(N, C, size, size)`, bilinear and antialiased."""
-        row0, row1, col0, col1 = self.window
         top, left, height, width = self.content
         images = images if images.ndim == 4 else images[:, None]
-        window = images[:, :, row0:row1, col0:col1].float()
-        resized = F.interpolate(window, (height, width), mode="bilinear", antialias=True)
+        resized = F.interpolate(images.float(), (height, width), mode="bilinear", antialias=True)
         return F.pad(resized, (left, self.size - left - width, top, self.size - top - height))
 
-    def from_input(self, maps: Tensor, outside: float) -> Tensor:
+    def from_input(self, maps: Tensor) -> Tensor:
         """Resample maps back to the slice grid, bilinear at the pixel centres.
 
         Args:
             maps: `(K, h, w)` at any resolution, covering the input square.
-            outside: value of the pixels outside the focus window.
 
         Returns:
             `(K, H, W)`, float32.
         """
-        row0, row1, col0, col1 = self.window
         top, left, height, width = self.content
-        rows = self._sample_points(row1 - row0, top, height, maps.shape[1])
-        columns = self._sample_points(col1 - col0, left, width, maps.shape[2])
+        rows = self._sample_points(self.shape[0], top, height, maps.shape[1])
+        columns = self._sample_points(self.shape[1], left, width, maps.shape[2])
         x, y = torch.meshgrid(columns, rows, indexing="xy")
         grid = torch.stack([x, y], dim=-1)[None].to(maps.device)
-        window = F.grid_sample(maps[None].float(), grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
-        if self.box is None:
-            return window
-        slices = window.new_full((len(maps), *self.shape), outside)
-        slices[:, row0:row1, col0:col1] = window
-        return slices
+        return F.grid_sample(maps[None].float(), grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
 
     def _sample_points(self, count: int, start: int, length: int, pixels: int) -> Tensor:
         """Centres of `count` slice pixels in map coordinates [-1, 1], `(count,)`.

@@ -35,3 +35,27 @@ class CancelToken:
         """Raise `Cancelled` if somebody asked to stop."""
         if self.cancelled:
             raise Cancelled("Cancelled; what was finished before is kept.")
+
+
+class Watch:
+    """Reports progress of work whose amount becomes known on the way, and stops it when asked to."""
+
+    def __init__(self, progress: Progress | None, cancel: CancelToken | None) -> None:
+        self.progress, self.cancel = progress, cancel
+        self.done = self.total = 0
+
+    def expect(self, count: int) -> None:
+        """More slices are to come."""
+        self.total += count
+
+    def advance(self, count: int = 1) -> None:
+        """Slices are done."""
+        self.done += count
+        if self.progress:
+            self.progress(self.done, self.total)
+        self.check()
+
+    def check(self) -> None:
+        """Stop here if asked to."""
+        if self.cancel:
+            self.cancel.check()

@@ -98,6 +98,36 @@ def solve_on_pool(encoder: SupportEncoder, values: Sequence[int], settings: Sett
     return PoolSolution(torch.cat(solved), joined)
 
 
+class LearnedView:
+    """What is learned from the labelled slices of one view.
+
+    Attributes:
+        pool: the labelled slices.
+        values: structures that can be segmented in this view.
+        supports: encodes slices of the pool.
+        solution: the mapping networks of `values`.
+    """
+
+    def __init__(
+        self,
+        pool: SupportPool,
+        values: tuple[int, ...],
+        backbone: SAM2Backbone,
+        learner: FewShotLearner,
+        settings: Settings,
+    ) -> None:
+        self.pool, self.values = pool, values
+        self.supports = SupportEncoder(backbone, learner, pool)
+        self.solution = solve_on_pool(self.supports, values, settings)
+
+    def of(self, values: tuple[int, ...]) -> PoolSolution:
+        """The mapping networks of some of the structures."""
+        rows = [self.values.index(value) for value in values]
+        return PoolSolution(
+            self.solution.tau[rows], None if self.solution.metric is None else self.solution.metric[rows]
+        )
+
+
 def visiting_order(similarity: Tensor, order: Order) -> list[list[int]]:
     """Runs of slice indices: from the slice most similar to the supports outwards, or first to last.
 

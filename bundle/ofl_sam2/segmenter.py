@@ -13,18 +13,18 @@ from torch import Tensor
 from ofl_sam2.backbone.frozen import ImageFeatures, SAM2Backbone
 from ofl_sam2.backbone.weights import state_hash
 from ofl_sam2.dataset import LabelledCase, default_structures
+from ofl_sam2.drawing import Drawing
 from ofl_sam2.errors import InputError
 from ofl_sam2.learner.few_shot import FewShotLearner
+from ofl_sam2.looks import Look, Viewpoint
 from ofl_sam2.memory.cache import FeatureCache
-from ofl_sam2.memory.pool import PooledCase, SupportPool, describe, label_map
-from ofl_sam2.progress import CancelToken, Progress
-from ofl_sam2.propagation import PoolSolution, Propagation, SegmentedSlice, SupportEncoder, solve_on_pool
-from ofl_sam2.quality import volume_quality
+from ofl_sam2.memory.pool import MAIN, PooledCase, SupportPool, View, label_map
+from ofl_sam2.progress import CancelToken, Progress, Watch
+from ofl_sam2.propagation import LearnedView
 from ofl_sam2.settings import Settings
-from ofl_sam2.volume import SliceStack, Volume, choose_axis, is_anisotropic
+from ofl_sam2.volume import SliceStack, Volume
 
 _ENCODE_BATCH = 8
-_LOGIT_LIMIT = 30.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class VolumeSegmenter:
         learner: few-shot learner that fits the backbone.
         settings: the switches of the method.
         cache: frozen features by content; default an in-memory cache.
+
+    Attributes:
+        pools: labelled slices, one pool a view.
+        structures: label value -> name of what was learned.
+        viewpoint: how volumes are sliced; None before anything was learned.
     """
 
     def __init__(
@@ -73,12 +78,20 @@ class VolumeSegmenter:
         self.settings = settings or Settings()
         self.cache = cache or FeatureCache(None, max_bytes=256 << 20)
         self.backbone_hash = state_hash(backbone.sam2)
-        self.pool = SupportPool()
+        self.pools: dict[View, SupportPool] = {}
         self.structures: dict[int, str] = {}
-        self.axis: int | None = None
-        self.through_plane = False
-        self.solution: PoolSolution | None = None
-        self._supports = SupportEncoder(backbone, learner, self.pool)
+        self.viewpoint: Viewpoint | None = None
+        self._views: dict[View, LearnedView] = {}
+
+    @property
+    def pool(self) -> SupportPool:
+        """The labelled slices of the main view, which every case has."""
+        return self.pools.get(MAIN, SupportPool())
+
+    @property
+    def axis(self) -> int | None:
+        """Canonical axis of the main slices; None before anything was learned."""
+        return self.viewpoint.axis if self.viewpoint else None
 
     @torch.no_grad()
     def learn(
@@ -88,37 +101,66 @@ class VolumeSegmenter:
         progress: Progress | None = None,
         cancel: CancelToken | None = None,
     ) -> None:
-        """Put labelled slices into the pool and solve the mapping networks. Seconds.
+        """Put labelled slices into the pools and solve the mapping networks. Seconds.
 
         Args:
             cases: labelled volumes; a case learned before under the same name is replaced.
             structures: label value -> name of what to learn; default every value that occurs.
-            progress: called after each encoded slice of a case.
+            progress: called after each encoded batch of slices with how many are done and how many are known of.
             cancel: to stop; then nothing is changed.
 
         Raises:
             InputError: no case, or a structure that no label holds.
             Cancelled: stopped by `cancel`.
         """
-        before = self.axis, self.through_plane
-        pool = SupportPool()
-        pool.cases.update(self.pool.cases)
-        try:
-            for case in cases:
-                self._choose_slicing(case.volume)
-                pool.add(self._pooled(case, progress, cancel))
-            names = self._checked_names(pool, structures)
-        except BaseException:
-            self.axis, self.through_plane = before
-            raise
-        self.pool, self.structures = pool, names
+        pools, viewpoint = dict(self.pools), self.viewpoint
+        watch = Watch(progress, cancel)
+        for case in cases:
+            viewpoint = viewpoint or Viewpoint.of(case.volume, self.backbone.image_size, self.settings)
+            pools = {view: pool.without({case.volume.name}) for view, pool in pools.items()}
+            for look in viewpoint.looks(case):
+                pools.setdefault(look.view, SupportPool()).add(self._pooled(case, look, watch))
+        names = self._checked_names(pools.get(MAIN, SupportPool()), structures)
+        self.pools, self.viewpoint, self.structures = pools, viewpoint, names
+        self.solve()
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Take labelled cases out of the pools and solve anew; structures that no label holds any more go with them.
+
+        Raises:
+            InputError: no such case; then nothing is changed.
+        """
+        gone = set(names)
+        if unknown := sorted(gone - set(self.pool.cases)):
+            raise InputError(
+                f"There is no label of {', '.join(unknown)} to forget. Known: {', '.join(self.pool.cases)}."
+            )
+        pools = {view: pool.without(gone) for view, pool in self.pools.items()}
+        self.structures = {value: name for value, name in self.structures.items() if value in pools[MAIN].values()}
+        self.pools, self.viewpoint = (pools, self.viewpoint) if self.structures else ({}, None)
         self.solve()
 
     @torch.no_grad()
     def solve(self) -> None:
-        """Solve the mapping networks on the pool; after `learn`, and whenever the learner's parameters change."""
-        self._supports = SupportEncoder(self.backbone, self.learner, self.pool)
-        self.solution = solve_on_pool(self._supports, tuple(self.structures), self.settings)
+        """Solve the mapping networks on the pools; after `learn`, and whenever the learner's parameters change."""
+        values = {view: self._teachable(pool) for view, pool in self.pools.items()}
+        self._views = {
+            view: LearnedView(pool, values[view], self.backbone, self.learner, self.settings)
+            for view, pool in self.pools.items()
+            if values[view]
+        }
+
+    def view(self, view: View) -> LearnedView | None:
+        """What was learned from one view; None where that is nothing."""
+        return self._views.get(view)
+
+    def _teachable(self, pool: SupportPool) -> tuple[int, ...]:
+        """Structures a view is used for: at least half of the cases that hold them are in its pool."""
+
+        def holders(cases: SupportPool, value: int) -> int:
+            return len({case.name for case in cases.cases.values() if value in case.known})
+
+        return tuple(v for v in self.structures if 2 * holders(pool, v) >= max(1, holders(self.pool, v)))
 
     @torch.no_grad()
     def segment(
@@ -128,57 +170,36 @@ class VolumeSegmenter:
 
         Args:
             volume: to segment.
-            progress: called after each segmented slice.
+            progress: called after each segmented slice with how many are done and how many are known of.
             cancel: to stop.
 
         Raises:
             InputError: nothing has been learned yet.
             Cancelled: stopped by `cancel`.
         """
-        if self.axis is None or self.solution is None:
+        if self.viewpoint is None:
             raise InputError("Nothing has been learned yet. Save or give at least one label first.")
         started = time.perf_counter()
-        stack = self.stack(volume)
-        values = tuple(self.structures)
-        features = _StackFeatures(self, stack)
-        similarity = torch.cat(
-            [
-                self.pool.similarity(describe(batch.stride16).cpu())
-                for batch in features.batches(range(len(stack)), cancel)
-            ]
-        )
-        overlap = self.settings.overlap
-        dtype = np.uint8 if overlap else np.min_scalar_type(max(values))
-        labels = np.zeros((len(values), *volume.grid) if overlap else volume.grid, dtype)
-        confidence = torch.zeros(len(stack), len(values))
-        present = torch.zeros(len(stack), len(values), dtype=torch.bool)
-        propagation = Propagation(self._supports, values, self.solution, self.settings)
-        for done, result in enumerate(propagation.run(features.one, similarity), start=1):
-            found = self._write(labels, stack, result, values)
-            confidence[result.index], present[result.index] = result.confidence.cpu(), found
-            if progress:
-                progress(done, len(stack))
-            if cancel:
-                cancel.check()
-        quality = volume_quality(confidence, present).tolist()
-        voxels = [int(labels[k].sum()) if overlap else int((labels == v).sum()) for k, v in enumerate(values)]
+        drawing = Drawing(self, self.viewpoint, volume, Watch(progress, cancel))
+        canvas, quality = drawing.run()
+        voxels = [int(canvas.mask(value).sum()) for value in self.structures]
+        voxel_ml = float(abs(np.linalg.det(volume.affine[:3, :3]))) / 1000
         return Segmentation(
-            labels,
+            canvas.labels,
             dict(self.structures),
-            confidence.numpy(),
+            drawing.confidence.numpy(),
             dict(zip(self.structures.values(), quality, strict=True)),
-            {name: n * stack.voxel_volume_ml for name, n in zip(self.structures.values(), voxels, strict=True)},
+            {name: count * voxel_ml for name, count in zip(self.structures.values(), voxels, strict=True)},
             time.perf_counter() - started,
         )
 
     def stack(self, volume: Volume) -> SliceStack:
-        """The slices of a volume as the model sees them.
+        """The main slices of a volume as the model sees them.
 
         A model that learned thick slices cuts every thick-slice volume along its own through-plane direction.
         """
-        thick = volume.frames or (self.through_plane and is_anisotropic(volume))
-        axis = choose_axis(volume) if thick or self.axis is None else self.axis
-        return SliceStack(volume, axis, self.backbone.image_size)
+        viewpoint = self.viewpoint or Viewpoint.of(volume, self.backbone.image_size, self.settings)
+        return viewpoint.stack(volume)
 
     def encode(self, images: Tensor) -> ImageFeatures:
         """Frozen features of inputs `(N, 3, size, size)`, rounded to float16, each slice encoded once."""
@@ -192,15 +213,16 @@ class VolumeSegmenter:
             parts.append(ImageFeatures(**entry))
         return ImageFeatures.cat(parts).to(self.device)
 
+    def batches(self, stack: SliceStack, indices: Iterable[int]) -> Iterator[ImageFeatures]:
+        """Frozen features of slices, a few at a time."""
+        chosen = list(indices)
+        for start in range(0, len(chosen), _ENCODE_BATCH):
+            yield self.encode(stack.images(chosen[start : start + _ENCODE_BATCH]))
+
     @property
     def device(self) -> torch.device:
         """Where the models run."""
         return self.learner.lam.device
-
-    def _choose_slicing(self, volume: Volume) -> None:
-        """Fix the slicing at the first labelled case: its through-plane direction, or an axis where it has none."""
-        if self.axis is None:
-            self.axis, self.through_plane = choose_axis(volume), is_anisotropic(volume)
 
     def _checked_names(self, pool: SupportPool, structures: dict[int, str] | None) -> dict[int, str]:
         """Names of the structures to learn, ascending by value."""
@@ -219,76 +241,25 @@ class VolumeSegmenter:
             raise InputError(f"Two structures have the same name: {', '.join(names.values())}. Give each its own.")
         return dict(sorted(names.items()))
 
-    def _pooled(self, case: LabelledCase, progress: Progress | None, cancel: CancelToken | None) -> PooledCase:
-        stack = self.stack(case.volume)
-        slices = tuple(range(len(stack))) if case.labelled_slices is None else case.labelled_slices
-        if not slices or not case.values:
+    def _pooled(self, case: LabelledCase, look: Look, watch: Watch) -> PooledCase:
+        if not look.slices or not case.values:
             raise InputError(f"{case.volume.name} has no labelled slice. Label at least one.")
-        parts, done = [], 0
-        for batch in _StackFeatures(self, stack).batches(slices, cancel):
+        parts: list[ImageFeatures] = []
+        watch.expect(len(look.slices))
+        for batch in self.batches(look.stack, look.slices):
             parts.append(batch.to("cpu", torch.float16))
-            done += len(batch)
-            if progress:
-                progress(done, len(slices))
-        maps = [label_map(stack.masks(case.labels, index, case.values), case.values) for index in slices]
-        return PooledCase(case.volume.name, slices, ImageFeatures.cat(parts), torch.stack(maps))
-
-    def _write(
-        self, labels: NDArray[Any], stack: SliceStack, result: SegmentedSlice, values: tuple[int, ...]
-    ) -> Tensor:
-        """Write one slice into the label array; return which structures were found in it."""
-        logits = stack.restore(result.logits.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT).cpu(), outside=-_LOGIT_LIMIT)
-        if self.settings.overlap:
-            masks = logits > 0
-            for row in range(len(values)):
-                stack.slice_of(labels[row], result.index)[...] = masks[row].numpy()
-            return masks.flatten(1).any(1)
-        merged = merge(logits)
-        stack.slice_of(labels, result.index)[...] = np.array([0, *values])[merged.numpy()]
-        return torch.bincount(merged.flatten(), minlength=len(values) + 1)[1:] > 0
-
-
-class _StackFeatures:
-    """Frozen features of the slices of one volume, through the segmenter's cache."""
-
-    def __init__(self, segmenter: VolumeSegmenter, stack: SliceStack) -> None:
-        self.segmenter, self.stack = segmenter, stack
-
-    def one(self, index: int) -> ImageFeatures:
-        return self.segmenter.encode(self.stack.images([index]))
-
-    def batches(self, indices: Iterable[int], cancel: CancelToken | None) -> Iterator[ImageFeatures]:
-        chosen = list(indices)
-        for start in range(0, len(chosen), _ENCODE_BATCH):
-            if cancel:
-                cancel.check()
-            yield self.segmenter.encode(self.stack.images(chosen[start : start + _ENCODE_BATCH]))
-
-
-def merge(logits: Tensor) -> Tensor:
-    """Winner per pixel, 0 the background: softmax over logits with p_0 = prod(1 - p_i).
-
-    Args:
-        logits: `(K, H, W)`.
-
-    Returns:
-        `(H, W)` int64 in 0..K.
-
-    Example:
-        >>> merge(torch.tensor([[[2.0]], [[-1.0]]])).item()
-        1
-    """
-    log_background = torch.nn.functional.logsigmoid(-logits).sum(0, keepdim=True)
-    background = log_background - torch.log1p(-log_background.exp().clamp_max(1 - 1e-7))
-    return torch.cat([background, logits]).argmax(0)
+            watch.advance(len(batch))
+        maps = [label_map(look.stack.masks(look.labels, index, case.values), case.values) for index in look.slices]
+        return PooledCase(
+            case.volume.name, look.slices, ImageFeatures.cat(parts), torch.stack(maps), look.view, look.focus
+        )
 
 
 def with_settings(segmenter: VolumeSegmenter, **changes: Any) -> VolumeSegmenter:
     """The same learned state under other settings (ablations); nothing is copied."""
-    other = VolumeSegmenter(
-        segmenter.backbone, segmenter.learner, replace(segmenter.settings, **changes), segmenter.cache
-    )
-    other.pool, other.structures = segmenter.pool, segmenter.structures
-    other.axis, other.through_plane = segmenter.axis, segmenter.through_plane
+    settings = replace(segmenter.settings, **changes)
+    other = VolumeSegmenter(segmenter.backbone, segmenter.learner, settings, segmenter.cache)
+    other.pools, other.structures = segmenter.pools, segmenter.structures
+    other.viewpoint = segmenter.viewpoint and replace(segmenter.viewpoint, settings=settings)
     other.solve()
     return other

@@ -50,6 +50,8 @@ class Settings:
         first_steps, update_steps: steps on the first query slice of a volume and on each one after it.
         pool_slices: labelled slices per structure that `learn` solves on.
         overlap: allow structures to overlap in the result.
+        side_views: look at volumes of nearly isotropic voxels along all three axes, and average.
+        close_ups: look again, magnified, at small structures.
 
     Raises:
         InputError: a value of another type, or out of range.
@@ -74,6 +76,8 @@ class Settings:
     update_steps: int = 3
     pool_slices: int = 32
     overlap: bool = False
+    side_views: bool = True
+    close_ups: bool = True
 
     def __post_init__(self) -> None:
         if self.order not in tuple(Order):

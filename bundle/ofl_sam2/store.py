@@ -7,6 +7,7 @@ model. One process at a time saves into a folder.
 
 import hashlib
 import json
+import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,8 +23,9 @@ from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.backbone.weights import read_state, sha256_of
 from ofl_sam2.errors import InputError, ModelError
 from ofl_sam2.learner.load import learner_bytes, read_learner
+from ofl_sam2.looks import Viewpoint
 from ofl_sam2.memory.cache import FeatureCache
-from ofl_sam2.memory.pool import PooledCase
+from ofl_sam2.memory.pool import PooledCase, SupportPool, View
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.settings import Settings
 
@@ -47,10 +49,12 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class StoredCase(StoredFile):
-    """A labelled case in the pool: its name and which of its slices are labelled."""
+    """A labelled case in a pool: its name, which slices of which view are labelled, what a close-up is made for."""
 
     case: str
     slices: tuple[int, ...]
+    axis: int | None
+    focus: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class ModelIndex:
         structures: label value -> name.
         settings: the switches of the method.
         learner: learner and fusion.
-        pool: the labelled cases.
+        pool: the labelled cases, an entry for each view of them.
         notes: free entries, such as how long was trained.
     """
 
@@ -126,30 +130,33 @@ def is_model(folder: Path) -> bool:
     return (folder / INDEX).is_file()
 
 
-def save_model(segmenter: VolumeSegmenter, folder: Path, notes: dict[str, Any] | None = None) -> None:
+def save_model(
+    segmenter: VolumeSegmenter, folder: Path, notes: dict[str, Any] | None = None, reuse: Path | None = None
+) -> None:
     """Write a learned segmenter into `folder` and remove what the new model no longer names.
 
     Args:
         segmenter: has learned.
         folder: created if absent.
         notes: free entries for `model.json`, such as how long was trained.
+        reuse: folder of another model on the same file system; files of the same content are linked, not written.
 
     Raises:
         InputError: nothing has been learned yet.
         OFLError: the folder cannot be written; the old model is intact.
     """
-    if segmenter.axis is None:
+    if segmenter.viewpoint is None:
         raise InputError("There is nothing to save: learn from at least one labelled volume first.")
     index = ModelIndex(
         segmenter.backbone.config.name,
         segmenter.backbone_hash,
         segmenter.backbone.image_size,
-        segmenter.axis,
-        segmenter.through_plane,
+        segmenter.viewpoint.axis,
+        segmenter.viewpoint.through_plane,
         segmenter.structures,
         segmenter.settings,
-        _write_named(folder, "learner", learner_bytes(segmenter.learner)),
-        tuple(_write_case(folder, case) for case in segmenter.pool.cases.values()),
+        _write_named(folder, "learner", learner_bytes(segmenter.learner), reuse),
+        tuple(_write_case(folder, c, reuse) for pool in segmenter.pools.values() for c in pool.cases.values()),
         notes or {},
     )
     atomic_write_text(folder / INDEX, index.to_json())
@@ -189,9 +196,10 @@ def load_model(folder: Path, device: str = "cpu", cache: FeatureCache | None = N
             f"{folder} was learned with other weights of {index.backbone} than the ones installed. "
             "Install those weights, or learn again with --fresh."
         )
-    for case in index.pool:
-        segmenter.pool.add(_read_case(folder, case, backbone))
-    segmenter.axis, segmenter.through_plane = index.axis, index.through_plane
+    for stored in index.pool:
+        case = _read_case(folder, stored, backbone)
+        segmenter.pools.setdefault(case.view, SupportPool()).add(case)
+    segmenter.viewpoint = Viewpoint(index.axis, index.through_plane, backbone.image_size, settings)
     segmenter.structures = dict(sorted(index.structures.items()))
     absent = sorted(set(index.structures) - set(segmenter.pool.values()))
     if absent:
@@ -236,8 +244,11 @@ def _stored_file(entry: dict[str, Any]) -> StoredFile:
 
 
 def _stored_case(entry: dict[str, Any]) -> StoredCase:
-    slices = tuple(_typed(index, int) for index in _typed(entry["slices"], list))
-    return StoredCase(**vars(_stored_file(entry)), case=_typed(entry["case"], str), slices=slices)
+    slices, focus = (tuple(_typed(n, int) for n in _typed(entry[name], list)) for name in ("slices", "focus"))
+    if entry["axis"] not in (None, 0, 1, 2):
+        raise ValueError(f"axis {entry['axis']}")
+    stored = vars(_stored_file(entry))
+    return StoredCase(**stored, case=_typed(entry["case"], str), slices=slices, axis=entry["axis"], focus=focus)
 
 
 def _checked(folder: Path, stored: StoredFile) -> Path:
@@ -250,20 +261,25 @@ def _checked(folder: Path, stored: StoredFile) -> Path:
     return path
 
 
-def _write_named(folder: Path, kind: str, content: bytes) -> StoredFile:
-    """Write a file under a name made of its content, unless it is there already."""
+def _write_named(folder: Path, kind: str, content: bytes, reuse: Path | None) -> StoredFile:
+    """Write a file under a name made of its content, or link it from `reuse`, unless it is there already."""
     digest = hashlib.sha256(content).hexdigest()
     target = folder / f"{kind}-{digest[:16]}.safetensors"
+    if reuse is not None and not target.is_file():
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            os.link(reuse / target.name, target)
     if not target.is_file() or sha256_of(target) != digest:
         with atomic_path(target) as temporary:
             temporary.write_bytes(content)
     return StoredFile(target.name, digest)
 
 
-def _write_case(folder: Path, case: PooledCase) -> StoredCase:
+def _write_case(folder: Path, case: PooledCase, reuse: Path | None) -> StoredCase:
     tensors = {**vars(case.features), "labels": case.labels}
     content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-    return StoredCase(**vars(_write_named(folder, "pool", content)), case=case.name, slices=case.slices)
+    stored = vars(_write_named(folder, "pool", content, reuse))
+    return StoredCase(**stored, case=case.name, slices=case.slices, axis=case.view.axis, focus=case.focus)
 
 
 def _read_case(folder: Path, stored: StoredCase, backbone: SAM2Backbone) -> PooledCase:
@@ -280,4 +296,5 @@ def _read_case(folder: Path, stored: StoredCase, backbone: SAM2Backbone) -> Pool
     if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
         raise ModelError(f"{path} does not hold {count} labelled slices of {size} x {size} pixels. {_ADVICE}")
     labels = state.pop("labels")
-    return PooledCase(stored.case, stored.slices, ImageFeatures(**state), labels)
+    view = View(stored.axis, close=bool(stored.focus))
+    return PooledCase(stored.case, stored.slices, ImageFeatures(**state), labels, view, stored.focus)

@@ -5,7 +5,7 @@ volume are shown the radiological way (anterior or superior up); frames are show
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from ofl_sam2.errors import InputError
 from ofl_sam2.intensity import Intensity, intensity_for
 from ofl_sam2.plane import PlaneGeometry
+from ofl_sam2.window import Window
 
 _ANISOTROPIC = 1.2
 
@@ -73,6 +74,17 @@ class Volume:
         """Shape of a label of this volume: `(X, Y, Z)`, `(X, Y, Z, T)` or `(X, Y, T)`."""
         return self.voxels.shape[:3] if self.colour else self.voxels.shape
 
+    def cropped(self, window: Window) -> "Volume":
+        """The part inside a window, as views; all frames of a sequence stay."""
+        affine = self.affine.copy()
+        affine[:3, 3] += affine[:3, : len(window.lower)] @ np.asarray(window.lower, float)
+        return replace(self, voxels=self.voxels[window.slices], affine=affine, header=None)
+
+    @property
+    def spatial_shape(self) -> tuple[int, ...]:
+        """Voxels along the axes of space: three, or two of frames."""
+        return self.grid[: 2 if self.frames else 3]
+
     @property
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size along the array axes in mm."""
@@ -110,6 +122,11 @@ def choose_axis(volume: Volume) -> int:
     return max(range(3), key=lambda axis: (spacing[axis], axis))
 
 
+def is_nearly_isotropic(volume: Volume) -> bool:
+    """Whether slices along every axis look alike: a volume whose largest spacing is below twice the smallest."""
+    return not volume.frames and volume.voxels.ndim == 3 and max(volume.spacing) < 2 * min(volume.spacing)
+
+
 def is_anisotropic(volume: Volume) -> bool:
     """Whether the slices are thick: the largest spacing is at least 1.2 times the smallest."""
     return not volume.frames and max(volume.spacing) >= _ANISOTROPIC * min(volume.spacing)
@@ -132,10 +149,9 @@ class SliceStack:
         axis: canonical axis (0 R, 1 A, 2 S), see `choose_axis`; 2 for frames.
         size: side of the square input in pixels.
         intensity: grey value window; None chooses one for the volume.
-        box: focus window (row0, row1, col0, col1) in slice pixels.
 
     Raises:
-        InputError: no such axis, or a window outside the slice.
+        InputError: no such axis.
 
     Example:
         >>> stack = SliceStack(Volume(np.ones((4, 5, 6)), np.eye(4), "case"), axis=2, size=32)
@@ -149,21 +165,20 @@ class SliceStack:
         axis: int,
         size: int,
         intensity: Intensity | None = None,
-        box: tuple[int, int, int, int] | None = None,
     ) -> None:
         if axis not in ((2,) if volume.frames else (0, 1, 2)):
             raise InputError(f"{volume.name}: cannot slice along axis {axis}. Choose 0, 1 or 2; 2 for frames.")
         self.volume = volume
         self.axis = axis
         self._given_intensity = intensity
-        row, column, through = self._array_axes()
+        row, column, self.through = self._array_axes()
         self.shape: tuple[int, int] = (volume.grid[row], volume.grid[column])
         self.pixel_spacing: tuple[float, float] = (volume.spacing[row], volume.spacing[column])
-        self.spacing_between: float = volume.spacing[through]
+        self.spacing_between: float = volume.spacing[self.through]
         self.voxel_volume_ml: float = float(abs(np.linalg.det(volume.affine[:3, :3]))) / 1000
         self.times: int = volume.grid[3] if len(volume.grid) == 4 else 1
-        self.geometry = PlaneGeometry(self.shape, self.pixel_spacing, size, box)
-        self._count = volume.grid[through] * self.times
+        self.geometry = PlaneGeometry(self.shape, self.pixel_spacing, size)
+        self._count = volume.grid[self.through] * self.times
 
     def __len__(self) -> int:
         return self._count
@@ -213,9 +228,17 @@ class SliceStack:
         indicators = torch.from_numpy(np.stack([plane == value for value in values]))
         return self.geometry.to_input(indicators)[:, 0].clamp_(0, 1)
 
-    def restore(self, maps: Tensor, outside: float) -> Tensor:
+    def restore(self, maps: Tensor) -> Tensor:
         """Resample maps `(K, h, w)` that cover the input to the slice grid `(K, H, W)`; see `PlaneGeometry`."""
-        return self.geometry.from_input(maps, outside)
+        return self.geometry.from_input(maps)
+
+    def slices_before(self, window: Window) -> int:
+        """How many slices come before those of a window."""
+        if self.volume.frames:
+            return 0
+        _, flips = _orientation(self.volume.affine)
+        positions = window.lower[self.through], self.volume.grid[self.through] - window.upper[self.through]
+        return positions[flips[self.through].step < 0] * self.times
 
     def _array_axes(self) -> tuple[int, int, int]:
         """Array axes of the rows, of the columns and of the slicing direction."""

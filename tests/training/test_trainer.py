@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 
 from ofl_sam2.backbone.weights import state_hash
 from ofl_sam2.errors import Cancelled, InputError, ModelError
+from ofl_sam2.memory.pool import MAIN
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.training import trainer
-from ofl_sam2.training.trainer import TrainingSettings, bank_volumes, train
+from ofl_sam2.training.held_out import HeldOut
+from ofl_sam2.training.trainer import TrainingSettings, train
 
 SHORT = TrainingSettings(minutes=5, epochs=3, steps_per_epoch=1, episodes=1, copies=1)
 
@@ -28,17 +31,24 @@ def build(make_segmenter, make_learner, cases):
     return lambda: make_segmenter(cases, learner=make_learner(fused=False), pool_slices=3)
 
 
-@pytest.fixture(scope="module")
-def straight(make_segmenter, make_learner, cases):
+@pytest.fixture
+def straight(make_segmenter, make_learner, cases, better_every_time):
     """An uninterrupted training: the segmenter after it, and its reports."""
     segmenter = make_segmenter(cases, learner=make_learner(fused=False), pool_slices=3)
-    return SimpleNamespace(segmenter=segmenter, reports=train(segmenter, cases, SHORT))
+    return SimpleNamespace(segmenter=segmenter, reports=train(segmenter, cases, SHORT).reports)
+
+
+@pytest.fixture(autouse=True)
+def better_every_time(monkeypatch):
+    """Let held-out slices always speak for the new parameters."""
+    monkeypatch.setattr(HeldOut, "dice", lambda *_, scores=itertools.count(): next(scores) / 100)
 
 
 @pytest.fixture
 def seconds_are_steps(monkeypatch):
     """Let every training step take exactly one second."""
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    ticks = itertools.count(-3)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: max(0, next(ticks))))
 
 
 def losses(reports):
@@ -64,23 +74,23 @@ def crash_after(epochs):
 def test_training_changes_every_part_of_the_learner_and_nothing_of_sam2(build, cases, make_case):
     segmenter = build()
     before = {name: value.detach().clone() for name, value in segmenter.learner.named_parameters()}
-    backbone, solution = state_hash(segmenter.backbone.sam2), segmenter.solution
-    reports = train(segmenter, cases, SHORT)
+    backbone, solution = state_hash(segmenter.backbone.sam2), segmenter.view(MAIN).solution
+    reports = train(segmenter, cases, SHORT).reports
     assert [report.epoch for report in reports] == [1, 2, 3]
     assert all(np.isfinite(report.loss) and report.loss > 0 for report in reports)
     assert [name for name, value in segmenter.learner.named_parameters() if torch.equal(value, before[name])] == []
     assert state_hash(segmenter.backbone.sam2) == backbone == segmenter.backbone_hash
     assert all(value.grad is None for value in segmenter.backbone.parameters())
-    assert not torch.equal(segmenter.solution.tau, solution.tau)
-    assert not segmenter.solution.tau.requires_grad
+    assert not torch.equal(segmenter.view(MAIN).solution.tau, solution.tau)
+    assert not segmenter.view(MAIN).solution.tau.requires_grad
     assert segmenter.segment(make_case("query", seed=7).volume).labels.shape == (24, 20, 6)
 
 
 def test_a_seed_gives_the_same_losses_and_weights_twice_and_another_one_others(build, cases, straight):
     again = build()
-    assert losses(train(again, cases, SHORT)) == losses(straight.reports)
+    assert losses(train(again, cases, SHORT).reports) == losses(straight.reports)
     assert weights(again) == weights(straight.segmenter)
-    assert losses(train(build(), cases, replace(SHORT, epochs=1, seed=1)))[0] != straight.reports[0].loss
+    assert losses(train(build(), cases, replace(SHORT, epochs=1, seed=1)).reports)[0] != straight.reports[0].loss
 
 
 def test_the_learning_rate_does_not_depend_on_the_clock_when_epochs_are_given(
@@ -92,7 +102,7 @@ def test_the_learning_rate_does_not_depend_on_the_clock_when_epochs_are_given(
 
 
 def test_time_ends_a_training_in_the_middle_of_an_epoch(build, cases, seconds_are_steps):
-    reports = train(build(), cases, replace(SHORT, minutes=3 / 60, epochs=None, steps_per_epoch=2))
+    reports = train(build(), cases, replace(SHORT, minutes=3 / 60, epochs=None, steps_per_epoch=2)).reports
     assert [report.seconds for report in reports] == [2, 3]
     assert [report.share for report in reports] == pytest.approx([2 / 3, 1])
 
@@ -102,14 +112,14 @@ def test_the_last_report_says_that_all_is_done(straight):
 
 
 def test_whichever_limit_comes_first_ends_a_training(build, cases, seconds_are_steps):
-    assert len(train(build(), cases, replace(SHORT, minutes=2 / 60, epochs=50))) == 2
-    assert len(train(build(), cases, replace(SHORT, minutes=50, epochs=1))) == 1
+    assert len(train(build(), cases, replace(SHORT, minutes=2 / 60, epochs=50)).reports) == 2
+    assert len(train(build(), cases, replace(SHORT, minutes=50, epochs=1)).reports) == 1
 
 
 def test_a_cancelled_training_keeps_what_it_learned_and_leaves_no_checkpoint(build, cases, tmp_path):
     segmenter, token = build(), CancelToken()
     before = weights(segmenter)
-    reports = train(segmenter, cases, SHORT, tmp_path / "c.pt", report=lambda _: token.cancel(), cancel=token)
+    reports = train(segmenter, cases, SHORT, tmp_path / "c.pt", report=lambda _: token.cancel(), cancel=token).reports
     assert [report.epoch for report in reports] == [1, 2]
     assert weights(segmenter) != before
     assert list(tmp_path.iterdir()) == []
@@ -128,11 +138,11 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(build, cases, str
     with pytest.raises(Crash):
         train(build(), cases, SHORT, checkpoint, report=crash_after(1))
     assert checkpoint.is_file()
-    reports = train(resumed, cases, SHORT, checkpoint)
+    reports = train(resumed, cases, SHORT, checkpoint).reports
     assert [report.epoch for report in reports] == [1, 2, 3]
     assert losses(reports) == losses(straight.reports)
     assert weights(resumed) == weights(straight.segmenter)
-    assert torch.equal(resumed.solution.tau, straight.segmenter.solution.tau)
+    assert torch.equal(resumed.view(MAIN).solution.tau, straight.segmenter.view(MAIN).solution.tau)
     assert not checkpoint.exists()
 
 
@@ -140,16 +150,16 @@ def test_after_an_error_the_mapping_networks_fit_the_learner(build, cases):
     segmenter = build()
     with pytest.raises(Crash):
         train(segmenter, cases, SHORT, report=crash_after(1))
-    left = segmenter.solution.tau
+    left = segmenter.view(MAIN).solution.tau
     segmenter.solve()
-    assert torch.equal(left, segmenter.solution.tau)
+    assert torch.equal(left, segmenter.view(MAIN).solution.tau)
 
 
 def test_a_finished_checkpoint_is_not_trained_further(build, cases, straight, tmp_path):
     checkpoint, segmenter = tmp_path / "training.pt", build()
     with pytest.raises(Crash):
         train(build(), cases, SHORT, checkpoint, report=crash_after(3))
-    assert len(train(segmenter, cases, SHORT, checkpoint)) == 3
+    assert len(train(segmenter, cases, SHORT, checkpoint).reports) == 3
     assert weights(segmenter) == weights(straight.segmenter)
 
 
@@ -169,9 +179,9 @@ def test_a_checkpoint_of_something_else_is_ignored(
         learner = make_learner(fused=False, encoding=16)
     one, other_one = (make_segmenter(cases, learner=learner, pool_slices=3) for _ in range(2))
     start = {name: value.clone() for name, value in learner.state_dict().items()}
-    reports = train(one, cases, settings, checkpoint)
+    reports = train(one, cases, settings, checkpoint).reports
     learner.load_state_dict(start)
-    assert losses(reports) == losses(train(other_one, cases, settings))
+    assert losses(reports) == losses(train(other_one, cases, settings).reports)
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "foreign"])
@@ -199,18 +209,29 @@ def test_training_needs_learned_labels_and_a_budget(make_segmenter, cases):
             TrainingSettings(**wrong)
 
 
-def test_copies_are_encoded_beside_the_originals_and_reported(build, cases):
-    segmenter, steps = build(), []
-    volumes = bank_volumes(segmenter, cases, replace(SHORT, copies=2), lambda *step: steps.append(step))
-    assert [(volume.name, volume.slices) for volume in volumes[:2]] == [("a", tuple(range(6))), ("b", (1, 2, 3))]
-    assert [volume.name for volume in volumes] == ["a", "b", "a", "a", "b", "b"]
-    assert steps[-1] == (18, 18)
-    assert {volume.features.stride16.dtype for volume in volumes} == {torch.float16}
-    assert volumes[4].slices == volumes[1].slices
-    assert not torch.equal(volumes[2].labels, volumes[3].labels)
+@pytest.mark.parametrize(("after", "improved"), [(0.6, True), (0.5, False), (0.4, False), (None, True)])
+def test_parameters_that_are_no_better_on_held_out_slices_are_not_kept(build, cases, monkeypatch, after, improved):
+    segmenter, scores = build(), iter([0.5, after])
+    before = weights(segmenter)
+    monkeypatch.setattr(HeldOut, "dice", lambda *_: next(scores))
+    result = train(segmenter, cases, replace(SHORT, epochs=1))
+    assert (result.dice_before, result.dice_after, result.improved) == (0.5, after, improved)
+    assert (weights(segmenter) != before) == improved
 
 
-def test_the_number_of_copies_keeps_to_the_bound_in_slices(build, cases):
-    segmenter = build()
-    assert len(bank_volumes(segmenter, cases, replace(SHORT, copies=8, max_slices=27))) == 2 + 2 * 2
-    assert len(bank_volumes(segmenter, cases, replace(SHORT, copies=8, max_slices=1))) == 2 + 2 * 1
+def test_handlers_see_every_epoch_also_after_a_resume(build, cases, tmp_path):
+    seen = []
+
+    def attach(engine):
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: seen.append((e.state.epoch, e.state.output > 0)))
+
+    with pytest.raises(Crash):
+        train(build(), cases, SHORT, tmp_path / "c.pt", report=crash_after(1))
+    train(build(), cases, SHORT, tmp_path / "c.pt", attach=attach)
+    assert seen == [(2, True), (3, True)]
+
+
+def test_more_processes_than_episodes_are_refused(build, cases, monkeypatch):
+    monkeypatch.setattr(trainer, "world_size", lambda: 2)
+    with pytest.raises(InputError, match="2 processes cannot share 1 episodes"):
+        train(build(), cases, SHORT)

@@ -1,6 +1,6 @@
 """The pool of labelled slices and how a query slice retrieves its supports from it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,20 +19,45 @@ def describe(stride16: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class View:
+    """A way of looking at volumes: slices along `axis` (canonical; None is the main one), perhaps of a close-up."""
+
+    axis: int | None = None
+    close: bool = False
+
+
+MAIN = View()
+
+
+@dataclass(frozen=True)
 class PooledCase:
-    """The labelled slices of one case, or an augmented copy of them.
+    """The labelled slices of one case in one view, or an augmented copy of them.
 
     Attributes:
         name: of the case.
-        slices: their indices in the case, S of them.
+        slices: their indices in the view, S of them.
         features: frozen features, float16, of S slices.
         labels: `(S, size, size)` uint8 or int32, label values at input resolution.
+        view: how the case was looked at.
+        focus: label values that a close-up is made for.
     """
 
     name: str
     slices: tuple[int, ...]
     features: ImageFeatures
     labels: Tensor
+    view: View = MAIN
+    focus: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """See `pool_key`."""
+        return pool_key(self.name, self.focus)
+
+    @cached_property
+    def known(self) -> frozenset[int]:
+        """Label values it can teach."""
+        return frozenset(self.focus) or frozenset().union(*self.present)
 
     @cached_property
     def descriptors(self) -> Tensor:
@@ -56,9 +81,14 @@ class PooledCase:
         return (self.labels[row] == value).float()
 
 
+def pool_key(name: str, focus: tuple[int, ...]) -> str:
+    """Identifies a case in the pool of a view, where it may have several close-ups."""
+    return f"{name} {focus}" if focus else name
+
+
 @dataclass(frozen=True)
 class SupportKey:
-    """One labelled slice: the case and the row among its labelled slices."""
+    """One labelled slice: the key of its case and the row among its labelled slices."""
 
     case: str
     row: int
@@ -74,16 +104,18 @@ class SupportPool:
         return sum(map(len, self.cases.values()))
 
     def add(self, case: PooledCase) -> None:
-        """Add a case, or replace the one of that name."""
-        self.cases[case.name] = case
+        """Add a case, or replace the one of that key; the order in which cases come does not matter."""
+        self.cases = dict(sorted({**self.cases, case.key: case}.items()))
 
-    def remove(self, name: str) -> None:
-        """Take a case out.
+    def without(self, names: Collection[str]) -> "SupportPool":
+        """A pool of the other cases."""
+        pool = SupportPool()
+        pool.cases = {key: case for key, case in self.cases.items() if case.name not in names}
+        return pool
 
-        Raises:
-            KeyError: no such case.
-        """
-        del self.cases[name]
+    def teachers(self, value: int) -> list[PooledCase]:
+        """Cases whose label holds a structure; elsewhere it may just not have been drawn. All where none does."""
+        return [case for case in self.cases.values() if value in case.known] or list(self.cases.values())
 
     def values(self) -> tuple[int, ...]:
         """All label values, ascending."""
@@ -109,7 +141,7 @@ class SupportPool:
         Returns:
             At least one key; without the structure only where no slice has it.
         """
-        ranked = self._ranked(descriptor)
+        ranked = self._ranked(descriptor, value)
         with_it = [key for key in ranked if value in self._present(key)]
         without = [key for key in ranked if value not in self._present(key)]
         absent = min(absent, count - 1) if with_it else max(absent, 1)
@@ -118,7 +150,7 @@ class SupportPool:
 
     def spread(self, value: int, count: int) -> list[SupportKey]:
         """Up to `count` slices, as many of each case as it has to give, three of four with the structure."""
-        cases = [[SupportKey(name, row) for row in range(len(case))] for name, case in self.cases.items()]
+        cases = [[SupportKey(case.key, row) for row in range(len(case))] for case in self.teachers(value)]
         with_it = [[key for key in keys if value in self._present(key)] for keys in cases]
         without = [[key for key in keys if value not in self._present(key)] for keys in cases]
         absent = min(count // 4, sum(map(len, without)))
@@ -134,13 +166,13 @@ class SupportPool:
     def _present(self, key: SupportKey) -> frozenset[int]:
         return self.cases[key.case].present[key.row]
 
-    def _ranked(self, descriptor: Tensor) -> list[SupportKey]:
+    def _ranked(self, descriptor: Tensor, value: int) -> list[SupportKey]:
         scored = [
-            (-score, name, row)
-            for name, case in self.cases.items()
+            (-score, case.key, row)
+            for case in self.teachers(value)
             for row, score in enumerate((case.descriptors @ descriptor).tolist())
         ]
-        return [SupportKey(name, row) for _, name, row in sorted(scored)]
+        return [SupportKey(key, row) for _, key, row in sorted(scored)]
 
 
 def label_map(masks: Tensor, values: Sequence[int]) -> Tensor:

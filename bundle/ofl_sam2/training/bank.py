@@ -9,6 +9,7 @@ from torch import Tensor
 from ofl_sam2.backbone.frozen import ImageFeatures, Memory, SAM2Backbone
 from ofl_sam2.memory.pool import PooledCase
 from ofl_sam2.training.episodes import Episode
+from ofl_sam2.training.processes import rank, world_size
 from ofl_sam2.training.synthetic import Dice
 
 MAX_CACHED_MEMORIES = 2048
@@ -34,14 +35,15 @@ class EpisodeBank:
         queries: int = 3,
         objects: int = 4,
     ) -> None:
-        self.backbone, self.volumes, self.structures = backbone, volumes, tuple(structures)
+        self.backbone, self.structures = backbone, tuple(structures)
+        self.volumes = [volume for volume in volumes if volume.known & set(structures)]
         self.supports, self.queries, self.objects = supports, queries, objects
-        self._known = [frozenset().union(*volume.present) & set(self.structures) for volume in self.volumes]
         self._memories: dict[tuple[int, int, int], Memory] = {}
 
     def draw(self, dice: Dice, episodes: int) -> Episode:
-        """Draw a batch of episodes, joined into one."""
-        return _join([self._episode(dice) for _ in range(episodes)])
+        """Draw a batch of episodes, joined into one; several processes share the batch out among them."""
+        drawn = [self._episode(dice) for _ in range(episodes)]
+        return _join(drawn[rank() :: world_size()])
 
     def _episode(self, dice: Dice) -> Episode:
         query = self.volumes[dice.integer(0, len(self.volumes) - 1)]
@@ -69,8 +71,9 @@ class EpisodeBank:
         return self.backbone.sam2.device
 
     def _sources(self, query: PooledCase) -> list[int]:
-        """Volumes with a structure to learn: of other cases, else other copies of this case, else this one."""
-        usable = [i for i, known in enumerate(self._known) if known]
+        """Volumes in the same view that share a structure: of other cases, else other copies of this case, else it."""
+        shared = query.known & set(self.structures)
+        usable = [i for i, volume in enumerate(self.volumes) if volume.view == query.view and volume.known & shared]
         other_cases = [i for i in usable if self.volumes[i].name != query.name]
         return other_cases or [i for i in usable if self.volumes[i] is not query] or usable
 
@@ -85,9 +88,10 @@ class EpisodeBank:
         return rows if dice.chance(0.5) else rows[::-1]
 
     def _values(self, dice: Dice, query: PooledCase, rows: list[int], source: int) -> list[int]:
-        """Structures of the episode: those in the query slices first, all of them known to the source volume."""
+        """Structures of the episode: those in the query slices first, all of them known to query and source."""
         near = frozenset().union(*(query.present[row] for row in rows))
-        shuffled = sorted(sorted(self._known[source]), key=lambda value: (value not in near, dice.uniform(0, 1)))
+        shared = self.volumes[source].known & query.known & set(self.structures)
+        shuffled = sorted(sorted(shared), key=lambda value: (value not in near, dice.uniform(0, 1)))
         return shuffled[: self.objects]
 
     def _support_rows(self, dice: Dice, query: PooledCase, rows: list[int], source: int, value: int) -> list[int]:
@@ -98,7 +102,7 @@ class EpisodeBank:
         volume = self.volumes[source]
         similarity = (volume.descriptors @ query.descriptors[rows[0]]).tolist()
         ranked = sorted(range(len(volume.slices)), key=lambda row: -similarity[row])
-        same = volume.name == query.name
+        same = volume.key == query.key
         apart = [row for row in ranked if not same or all(abs(row - other) > 1 for other in rows)]
         with_it, anywhere = ([row for row in group if value in volume.present[row]] for group in (apart, ranked))
         without = [row for row in apart if value not in volume.present[row]]

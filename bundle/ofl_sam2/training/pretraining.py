@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.backbone.configs import backbone_config
 from ofl_sam2.backbone.frozen import Decoded, ImageFeatures, SAM2Backbone
+from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.errors import InputError
 from ofl_sam2.learner.few_shot import FewShotLearner
+from ofl_sam2.learner.load import shipped_learner
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.training.episodes import Episode, unroll
 from ofl_sam2.training.losses import segmentation_loss, shrink_masks
+from ofl_sam2.training.processes import rank, synchronise
 from ofl_sam2.training.synthetic_episodes import Episodes, SyntheticEpisodes
 
 _WARM_UP = 30
@@ -81,9 +84,17 @@ class PretrainingState:
         average = copy.deepcopy(nn.ModuleDict({"backbone": backbone, "learner": learner})).requires_grad_(False)
         return cls(backbone, learner, average)
 
+    @classmethod
+    def shipped(cls) -> "PretrainingState":
+        """The weights this package ships, to train them further."""
+        backbone = load_backbone("nano")
+        learner = shipped_learner("nano", backbone.width)
+        average = copy.deepcopy(nn.ModuleDict({"backbone": backbone, "learner": learner})).requires_grad_(False)
+        return cls(backbone, learner, average)
+
     def save(self, path: Path) -> None:
         """Write a checkpoint atomically; with several processes the first one does."""
-        if _rank():
+        if rank():
             return
         state = {
             "backbone": self.backbone.state_dict(),
@@ -184,18 +195,19 @@ def _run_stage(state: PretrainingState, stage: Stage, window: tuple[float, float
     state.learner.requires_grad_(stage.train_learner)
     trained = [p for p in (*state.backbone.parameters(), *state.learner.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=stage.rate, weight_decay=0.02, betas=(0.9, 0.98))
-    batches = _batches(stage, plan.seed + state.step + 10**6 * _rank(), plan.workers)
+    batches = _batches(stage, plan.seed + state.step + 10**6 * rank(), plan.workers)
     first, saved, clock = state.step, state.spent, time.perf_counter()
     while state.spent < window[1] and not plan.cancel.cancelled:
         done = (state.spent - window[0]) / (window[1] - window[0])
         for group in optimizer.param_groups:
             group["lr"] = _rate(stage, state.step - first, done)
         outputs = _objective(state, stage, next(batches).to(plan.device))
-        loss = torch.stack([segmentation_loss(*pair) for branch in outputs for pair in branch]).mean()
+        pairs = [pair for branch in outputs for pair in branch]
+        loss = torch.stack([segmentation_loss(*pair, presence=0.5, empty=0.5) for pair in pairs]).mean()
         optimizer.zero_grad()
         loss.backward()
         before, clock = clock, time.perf_counter()
-        state.spent = _synchronise(trained, state.spent + clock - before)
+        (state.spent,) = synchronise(trained, state.spent + clock - before)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         state.step += 1
@@ -211,24 +223,6 @@ def _rate(stage: Stage, steps: int, done: float) -> float:
     """Learning rate after a linear warm-up and a cosine decay to a tenth, `done` in [0, 1]."""
     warm = min(1.0, (steps + 1) / _WARM_UP)
     return stage.rate * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def _rank() -> int:
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def _synchronise(parameters: list[nn.Parameter], spent: float) -> float:
-    """Average gradients and the time spent over all processes of a `torch.distributed` group; return the latter."""
-    if not distributed.is_initialized():
-        return spent
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([spent])])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    parts = flat[:-1].split([p.numel() for p in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter)
-    return float(flat[-1])
 
 
 def _batches(stage: Stage, seed: int, workers: int) -> Iterator[Episodes]:

@@ -83,11 +83,9 @@ def random_anatomy(dice: Dice, depth: int, side: int) -> Anatomy:
     """A random template of `depth` slices of `side` x `side` pixels: tissues, body, organs, shells, twins and tubes."""
     shape = (depth, side, side)
     grid = _grid(shape, dice.device)
-    tissues = dice.integer(3, 10)
-    rank = torch.stack(
-        [dice.smooth(shape, (dice.integer(2, 3), dice.integer(2, 7), dice.integer(2, 7))) for _ in range(tissues)]
-    )
-    regions = rank.argmax(0) + 1
+    tissues, folds = dice.integer(3, 10), (7, 7, 14)[dice.integer(0, 2)]
+    cells = [(dice.integer(2, 4), dice.integer(2, folds), dice.integer(2, folds)) for _ in range(tissues)]
+    regions = torch.stack([dice.smooth(shape, counts) for counts in cells]).argmax(0) + 1
     if dice.chance(0.7):
         body = _ellipsoid(dice, grid, (0.0, 0.0, 0.0), (4.0, dice.uniform(0.6, 0.95), dice.uniform(0.6, 0.95)), 0.08)
         regions = torch.where(body < 1, regions, 0)
@@ -198,16 +196,17 @@ def _ellipsoid(dice: Dice, grid: Tensor, centre: _Triple, radii: _Triple, rough:
     plane = local[..., 1:] - local[..., :1] * drift
     y, x = plane[..., 0] * cos - plane[..., 1] * sin, plane[..., 0] * sin + plane[..., 1] * cos
     level = ((local[..., 0] / radii[0]) ** 2 + (y / radii[1]) ** 2 + (x / radii[2]) ** 2).sqrt()
-    return level + rough * dice.smooth(tuple(grid.shape[:3]), (2, 6, 6))
+    lobes = dice.integer(4, 12)
+    return level + rough * dice.smooth(tuple(grid.shape[:3]), (dice.integer(2, 4), lobes, lobes))
 
 
 def _add_organ(dice: Dice, grid: Tensor, regions: Tensor, value: int) -> int:
     """Draw one organ into `regions` in place, perhaps with a shell, halves, a twin or copies; return the last value."""
     size = dice.log_uniform(0.06, 0.5)
     depth, height, width = (size * dice.log_uniform(0.6, 1.6) for _ in range(3))
-    radii = (max(depth * dice.uniform(1, 3), 0.25), height, width)
+    radii = (max(depth * dice.uniform(0.6, 3), 0.15), height, width)
     centre = (dice.uniform(-0.6, 0.6), dice.uniform(-0.7, 0.7), dice.uniform(-0.7, 0.7))
-    level = _ellipsoid(dice, grid, centre, radii, dice.uniform(0, 0.2))
+    level = _ellipsoid(dice, grid, centre, radii, dice.uniform(0, 0.3))
     inside = level < 1
     value += 1
     regions[inside] = value

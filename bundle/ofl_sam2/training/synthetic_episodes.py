@@ -49,7 +49,7 @@ class SyntheticEpisodes(IterableDataset):
         episodes: int = 4,
         objects: int = 3,
         queries: int = 3,
-        supports: tuple[int, int] = (1, 4),
+        supports: tuple[int, int] = (1, 6),
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
@@ -148,6 +148,6 @@ def _targets(dice: Dice, supports: Tensor, queries: Tensor, count: int) -> list[
 
 def _field_of_view(dice: Dice, side: int) -> tuple[slice, slice]:
     """A random square crop, the same for both patients."""
-    width = side if dice.chance(0.5) else round(side * dice.uniform(0.5, 1.0))
+    width = side if dice.chance(0.5) else round(side * dice.log_uniform(0.3, 1.0))
     top, left = dice.integer(0, side - width), dice.integer(0, side - width)
     return slice(top, top + width), slice(left, left + width)

@@ -1,5 +1,6 @@
 """Fit learner and fusion to labelled volumes: an Ignite engine over few-shot episodes on cached frozen features."""
 
+import copy
 import hashlib
 import math
 import time
@@ -13,17 +14,20 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ofl_sam2.atomic import atomic_path
-from ofl_sam2.backbone.frozen import ImageFeatures
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.errors import InputError, ModelError
 from ofl_sam2.memory.pool import PooledCase
-from ofl_sam2.progress import CancelToken, Progress
+from ofl_sam2.progress import CancelToken, Progress, Watch
 from ofl_sam2.segmenter import VolumeSegmenter
-from ofl_sam2.training.augmentation import augment
 from ofl_sam2.training.bank import EpisodeBank
+from ofl_sam2.training.copies import with_copies
 from ofl_sam2.training.episodes import unroll
+from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.losses import segmentation_loss
+from ofl_sam2.training.processes import rank, synchronise, wait, world_size
 from ofl_sam2.training.synthetic import Dice
+
+_ENDLESS = 10**6
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class TrainingSettings:
     """How long and how to train.
 
     Attributes:
-        minutes: wall time for episodes; encoding the augmented copies comes on top.
+        minutes: wall time, encoding and scoring included.
         epochs: limit in epochs, if given; whichever comes first. The learning rate then falls with the epochs, not with
             the time, so that a seed reproduces the result.
         steps_per_epoch: steps between two reports and checkpoints.
@@ -50,7 +54,7 @@ class TrainingSettings:
     rate: float = 7e-4
     projection_rate: float = 0.2
     copies: int = 8
-    max_slices: int = 800
+    max_slices: int = 1200
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,6 +72,23 @@ class EpochReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training came to.
+
+    Attributes:
+        reports: of all epochs, those before a resume included.
+        dice_before, dice_after: on held-out labelled slices, in [0, 1]; None where there are too few labels to hold
+            any out.
+        improved: whether the fitted parameters were kept; without held-out slices they are.
+    """
+
+    reports: list[EpochReport]
+    dice_before: float | None
+    dice_after: float | None
+    improved: bool
+
+
 def train(
     segmenter: VolumeSegmenter,
     cases: Sequence[LabelledCase],
@@ -76,8 +97,12 @@ def train(
     report: Callable[[EpochReport], None] | None = None,
     encoded: Progress | None = None,
     cancel: CancelToken | None = None,
-) -> list[EpochReport]:
+    attach: Callable[[Engine], None] | None = None,
+) -> TrainingResult:
     """Fit learner and fusion of a segmenter that has learned these cases; SAM2 stays as it is.
+
+    A part of the labels is held out. If the fitted parameters are not better on it, the old ones come back. Under
+    `torch.distributed` the processes share the episodes of each step.
 
     Args:
         segmenter: changed in place when training ends, also when it is cancelled after the first epoch.
@@ -87,66 +112,50 @@ def train(
         report: called after each epoch.
         encoded: called with (done, total) slices while copies are encoded.
         cancel: to stop at the next step.
-
-    Returns:
-        The reports of all epochs, those before a resume included.
+        attach: called with the engine before it runs; its output is the loss of a step.
 
     Raises:
-        InputError: the segmenter has not learned yet.
+        InputError: the segmenter has not learned yet, or there are more processes than episodes.
         ModelError: the checkpoint is damaged.
     """
     settings = settings or TrainingSettings()
-    if segmenter.axis is None:
+    if segmenter.viewpoint is None:
         raise InputError("Learn the labels first, then train.")
-    volumes = bank_volumes(segmenter, cases, settings, encoded, cancel)
-    run = _Training(segmenter, volumes, settings)
+    if world_size() > settings.episodes:
+        raise InputError(
+            f"{world_size()} processes cannot share {settings.episodes} episodes. Give as many episodes as processes."
+        )
+    started = time.perf_counter()
+    before = copy.deepcopy(segmenter.learner.state_dict())
+    names = {case.volume.name for case in cases}
+    held_out = HeldOut.choose([c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names])
+    watch = Watch(encoded, cancel)
+    volumes = with_copies(segmenter, cases, held_out, settings.copies, settings.max_slices, settings.seed, watch)
+    encoding, started = time.perf_counter() - started, time.perf_counter()
+    dice_before = held_out.dice(segmenter)
+    run = _Training(segmenter, volumes, settings, spent=encoding + 2 * (time.perf_counter() - started))
     if checkpoint is not None and checkpoint.is_file():
         run.resume(checkpoint)
     try:
-        reports = run.run(checkpoint, report, cancel)
+        reports = run.run(checkpoint, report, cancel, attach)
+        dice_after = held_out.dice(segmenter)
+        improved = dice_before is None or dice_after is None or dice_after > dice_before
+        if not improved:
+            segmenter.learner.load_state_dict(before)
     finally:
         segmenter.solve()
-    if checkpoint is not None:
+    wait()
+    if checkpoint is not None and rank() == 0:
         checkpoint.unlink(missing_ok=True)
-    return reports
-
-
-@torch.no_grad()
-def bank_volumes(
-    segmenter: VolumeSegmenter,
-    cases: Sequence[LabelledCase],
-    settings: TrainingSettings,
-    encoded: Progress | None = None,
-    cancel: CancelToken | None = None,
-) -> list[PooledCase]:
-    """The pooled volumes and augmented copies of them, as many as fit `settings`."""
-    dice = Dice(torch.Generator().manual_seed(settings.seed))
-    volumes = [segmenter.pool.cases[case.volume.name] for case in cases]
-    slices = sum(len(volume.slices) for volume in volumes)
-    copies = max(1, min(settings.copies, settings.max_slices // max(1, slices) - 1))
-    done = 0
-    for case, original in list(zip(cases, volumes, strict=True)):
-        stack = segmenter.stack(case.volume)
-        images = stack.images(original.slices)
-        for _ in range(copies):
-            warped, labels = augment(dice, images, original.labels)
-            parts = []
-            for batch in warped.split(8):
-                if cancel:
-                    cancel.check()
-                features = segmenter.backbone.encode_images(batch.to(segmenter.device))
-                parts.append(features.to("cpu", torch.float16))
-            volumes.append(PooledCase(original.name, original.slices, ImageFeatures.cat(parts), labels))
-            done += len(images)
-            if encoded:
-                encoded(done, slices * copies)
-    return volumes
+    return TrainingResult(reports, dice_before, dice_after, improved)
 
 
 class _Training:
     """The engine, its optimizer and what a checkpoint needs."""
 
-    def __init__(self, segmenter: VolumeSegmenter, volumes: list[PooledCase], settings: TrainingSettings) -> None:
+    def __init__(
+        self, segmenter: VolumeSegmenter, volumes: list[PooledCase], settings: TrainingSettings, spent: float
+    ) -> None:
         self.learner, self.settings = segmenter.learner, settings
         self.backbone = segmenter.backbone
         self.bank = EpisodeBank(segmenter.backbone, volumes, tuple(segmenter.structures))
@@ -158,11 +167,15 @@ class _Training:
             lr=settings.rate,
         )
         self.reports: list[EpochReport] = []
-        self.epochs, self.spent = 0, 0.0
+        self.epochs, self.spent = 0, spent
         self.fingerprint = _fingerprint(segmenter, volumes, settings)
 
     def run(
-        self, checkpoint: Path | None, report: Callable[[EpochReport], None] | None, cancel: CancelToken | None
+        self,
+        checkpoint: Path | None,
+        report: Callable[[EpochReport], None] | None,
+        cancel: CancelToken | None,
+        attach: Callable[[Engine], None] | None,
     ) -> list[EpochReport]:
         engine = Engine(self._step)
         losses: list[float] = []
@@ -181,14 +194,17 @@ class _Training:
             entry = EpochReport(self.epochs, sum(losses) / len(losses), min(1.0, self._share()), self.spent)
             losses.clear()
             self.reports.append(entry)
-            if checkpoint is not None:
+            if checkpoint is not None and rank() == 0:
                 self.save(checkpoint)
             if report:
                 report(entry)
 
-        left = (self.settings.epochs or 10**6) - self.epochs
-        if left > 0 and self._share() < 1:
-            engine.run([None] * self.settings.steps_per_epoch, max_epochs=left)
+        total, steps = self.settings.epochs or _ENDLESS, self.settings.steps_per_epoch
+        if attach:
+            attach(engine)
+        if self.epochs < total and self._share() < 1:
+            engine.load_state_dict({"epoch": self.epochs, "max_epochs": total, "epoch_length": steps})
+            engine.run([None] * steps)
         return self.reports
 
     def _by_time(self) -> float:
@@ -214,10 +230,12 @@ class _Training:
         ).mean()
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
+        parameters = list(self.learner.parameters())
+        spent, mean_loss = synchronise(parameters, time.perf_counter() - started, loss.item())
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
-        self.spent += time.perf_counter() - started
-        return loss.item()
+        self.spent += spent
+        return mean_loss
 
     def save(self, path: Path) -> None:
         state = {

@@ -1,0 +1,94 @@
+"""Labelled slices that training does not see: they decide whether its result is kept."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ofl_sam2.memory.pool import PooledCase, SupportPool, View
+from ofl_sam2.propagation import LearnedView, Propagation
+from ofl_sam2.segmenter import VolumeSegmenter
+from ofl_sam2.training.losses import shrink_masks
+
+ENOUGH_CASES = 4
+_CASES_PER_HELD_OUT = 8
+_BLOCK = 5
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows of pooled cases that are kept apart: whole cases of four or more, else a fifth of the slices of one.
+
+    Attributes:
+        rows: view and key of a pooled case -> rows.
+    """
+
+    rows: Mapping[tuple[View, str], tuple[int, ...]]
+
+    @classmethod
+    def choose(cls, cases: Sequence[PooledCase]) -> "HeldOut":
+        """Choose among all views of the cases to train on."""
+        names = sorted({case.name for case in cases})
+        if len(names) >= ENOUGH_CASES:
+            apart = set(names[::_CASES_PER_HELD_OUT][: len(names) // ENOUGH_CASES])
+            return cls({(c.view, c.key): tuple(range(len(c))) for c in cases if c.name in apart})
+        return cls({(c.view, c.key): _block(c) for c in cases if c.name == names[0] and _block(c)})
+
+    def without(self, case: PooledCase) -> PooledCase | None:
+        """What is left of a pooled case; None if that is nothing."""
+        apart = set(self.rows.get((case.view, case.key), ()))
+        kept = [row for row in range(len(case)) if row not in apart]
+        return part(case, kept) if kept else None
+
+    @torch.no_grad()
+    def dice(self, segmenter: VolumeSegmenter) -> float | None:
+        """Mean Dice of held-out slices, each case segmented from the other cases, a lone one from its other slices.
+
+        Returns:
+            In [0, 1], at logit size; None where nothing could be scored.
+        """
+        scores: list[float] = []
+        for (view, key), rows in self.rows.items():
+            pool = segmenter.pools[view]
+            case = pool.cases[key]
+            others = pool.without({case.name})
+            if not others.cases and (rest := self.without(case)):
+                others.add(rest)
+            values = tuple(v for v in segmenter.structures if v in case.known & _taught(others.cases.values()))
+            if values:
+                scores += _dice(segmenter, part(case, rows), others, values)
+        return sum(scores) / len(scores) if scores else None
+
+
+def part(case: PooledCase, rows: Sequence[int]) -> PooledCase:
+    """Some of the slices of a pooled case."""
+    chosen = list(rows)
+    slices = tuple(case.slices[row] for row in chosen)
+    return replace(case, slices=slices, features=case.features[chosen], labels=case.labels[chosen])
+
+
+def _taught(cases: Iterable[PooledCase]) -> frozenset[int]:
+    return frozenset().union(*(case.known for case in cases))
+
+
+def _block(case: PooledCase) -> tuple[int, ...]:
+    """A run of slices, a fifth of all, in the middle of those with a structure; none where there are few slices."""
+    filled = [row for row, values in enumerate(case.present) if values]
+    size = len(case) // _BLOCK
+    if not filled or not size:
+        return ()
+    first = min(max(filled[len(filled) // 2] - size // 2, 0), len(case) - size)
+    return tuple(range(first, first + size))
+
+
+def _dice(segmenter: VolumeSegmenter, case: PooledCase, pool: SupportPool, values: tuple[int, ...]) -> list[float]:
+    learned = LearnedView(pool, values, segmenter.backbone, segmenter.learner, segmenter.settings)
+    run = Propagation(learned.supports, values, learned.solution, segmenter.settings)
+    overlap, total = torch.zeros(len(values)), torch.zeros(len(values))
+    for result in run.run(lambda row: case.slice(row).to(segmenter.device), pool.similarity(case.descriptors)):
+        predicted = (result.logits > 0).flatten(1).cpu()
+        masks = torch.stack([case.mask(result.index, value) for value in values])
+        true = (shrink_masks(masks, result.logits.shape[-1]) > 0.5).flatten(1)
+        overlap += (predicted & true).sum(1)
+        total += predicted.sum(1) + true.sum(1)
+    return (2 * overlap / total)[total > 0].tolist()

@@ -1,0 +1,73 @@
+"""Slices that training does not see."""
+
+import pytest
+import torch
+
+from ofl_sam2.backbone.frozen import ImageFeatures
+from ofl_sam2.memory.pool import MAIN, PooledCase, View
+from ofl_sam2.training.held_out import HeldOut, part
+
+
+def pooled(name, slices=10, filled=range(3, 7), view=MAIN):
+    labels = torch.zeros(slices, 64, 64, dtype=torch.uint8)
+    labels[list(filled), 10:30, 10:30] = 1
+    shapes = ((16, 16, 16), (32, 8, 8), (128, 4, 4))
+    features = ImageFeatures(*(torch.zeros(slices, *shape) for shape in shapes))
+    return PooledCase(name, tuple(range(slices)), features, labels, view)
+
+
+@pytest.mark.parametrize(("cases", "apart"), [(4, 1), (8, 1), (9, 2), (16, 2), (17, 3)])
+def test_of_four_or_more_cases_whole_ones_are_held_out_in_all_views(cases, apart):
+    every = [pooled(f"{i:02d}", view=view) for i in range(cases) for view in (MAIN, View(0))]
+    held_out = HeldOut.choose(every)
+    names = {key for _, key in held_out.rows}
+    assert len(names) == apart
+    assert len(held_out.rows) == 2 * apart
+    assert [held_out.without(case) is None for case in every] == [case.name in names for case in every]
+
+
+@pytest.mark.parametrize("cases", [1, 2, 3])
+def test_of_few_cases_a_run_of_slices_of_one_is_held_out(cases):
+    every = [pooled(f"{i}") for i in range(cases)]
+    held_out = HeldOut.choose(every)
+    assert dict(held_out.rows) == {(MAIN, "0"): (4, 5)}
+    assert held_out.without(every[0]).slices == (0, 1, 2, 3, 6, 7, 8, 9)
+    assert all(held_out.without(case).slices == case.slices for case in every[1:])
+
+
+def test_too_few_slices_leave_nothing_to_hold_out(make_segmenter):
+    held_out = HeldOut.choose([pooled("a", slices=4, filled=(1, 2)), pooled("b", slices=4, filled=(1,))])
+    assert not held_out.rows
+    assert held_out.dice(make_segmenter()) is None
+
+
+def test_a_part_of_a_case_keeps_slices_features_and_labels_together():
+    case = pooled("a")
+    chosen = part(case, [3, 9])
+    assert chosen.slices == (3, 9)
+    assert torch.equal(chosen.labels, case.labels[[3, 9]])
+    assert (len(chosen.features), chosen.name, chosen.present) == (2, "a", [{1}, frozenset()])
+
+
+def test_a_case_is_scored_from_the_other_cases_and_a_lone_one_from_its_other_slices(
+    make_segmenter, make_case, monkeypatch
+):
+    pools = []
+
+    def perfect(segmenter, case, pool, values):
+        pools.append({key: other.slices for key, other in pool.cases.items()})
+        return [1.0] * len(values)
+
+    monkeypatch.setattr("ofl_sam2.training.held_out._dice", perfect)
+    two, one = make_segmenter((make_case("a"), make_case("b", seed=1))), make_segmenter((make_case("a"),))
+    for segmenter in (two, one):
+        assert HeldOut.choose(list(segmenter.pool.cases.values())).dice(segmenter) == 1
+    assert pools == [{"b": tuple(range(6))}, {"a": (0, 1, 3, 4, 5)}]
+
+
+def test_the_score_is_the_dice_of_what_the_segmenter_draws(make_segmenter, make_case):
+    segmenter = make_segmenter((make_case("a"), make_case("b", seed=1)))
+    held_out = HeldOut.choose(list(segmenter.pool.cases.values()))
+    score = held_out.dice(segmenter)
+    assert 0 <= score <= 1
+    assert score == held_out.dice(segmenter)
