@@ -200,7 +200,7 @@ def test_a_structure_with_few_labelled_slices_repeats_them(make_segmenter, make_
     assert supports[1][:3] == supports[1][3:]
 
 
-def test_supports_are_encoded_once_and_the_least_recently_used_goes_first(learned, monkeypatch):
+def test_supports_are_encoded_once_when_needed_and_the_least_recently_used_goes_first(learned, monkeypatch):
     encoded = []
     remember = learned.backbone.remember_mask
     monkeypatch.setattr(learned.backbone, "remember_mask", lambda *args: encoded.append(1) or remember(*args))
@@ -209,12 +209,14 @@ def test_supports_are_encoded_once_and_the_least_recently_used_goes_first(learne
     first, second, third = (SupportKey("a", row) for row in range(3))
     with torch.no_grad():
         kept = encoder(first, 1)
-        encoder(second, 1)
+        assert encoder(second, 1).memory is not None
+        assert len(encoded) == 1
         assert encoder(first, 1) is kept
-        encoder(third, 1)
+        assert kept.memory is kept.memory
+        assert encoder(third, 1).memory is not None
         assert len(encoded) == 3
         assert encoder(first, 1) is kept
-        encoder(second, 1)
+        assert encoder(second, 1).memory is not None
         assert len(encoded) == 4
     assert len(encoder._cache) == 2
 

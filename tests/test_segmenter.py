@@ -1,6 +1,7 @@
 """Learning and segmenting whole volumes with a random-weight nano."""
 
 import itertools
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -17,6 +18,7 @@ from ofl_sam2.memory.pool import MAIN
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.segmenter import VolumeSegmenter, with_settings
 from ofl_sam2.volume import Volume, canonical_view
+from ofl_sam2.window import Window
 
 ORIENTATIONS = [
     (order, signs) for order in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)
@@ -33,6 +35,19 @@ def segmenter(make_segmenter):
 @pytest.fixture(scope="module")
 def query(make_case):
     return make_case(name="query", seed=7).volume
+
+
+@pytest.fixture(scope="module")
+def magnifying(make_segmenter, make_case):
+    """A segmenter that has learned a small structure in voxels of equal sides, and a volume to segment."""
+    cases = []
+    for seed in (0, 1):
+        case = make_case(f"small {seed}", seed, grid=(64, 60, 62), affine=np.eye(4))
+        labels = np.zeros_like(case.labels)
+        labels[24:36, 26:38, 30:42] = 1
+        voxels = case.volume.voxels + 200 * labels
+        cases.append(replace(case, volume=replace(case.volume, voxels=voxels), labels=labels, values=(1,)))
+    return make_segmenter((cases[0],)), cases[1].volume
 
 
 @pytest.fixture
@@ -68,6 +83,35 @@ def test_the_stored_orientation_changes_neither_result_nor_grid(segmenter, query
     assert result.labels.shape == stored.grid
     np.testing.assert_array_equal(canonical_view(result.labels, stored.affine), expected.labels)
     np.testing.assert_array_equal(result.confidence, expected.confidence)
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.sampled_from(ORIENTATIONS))
+def test_side_views_and_close_ups_fit_every_stored_orientation(magnifying, orientation):
+    segmenter, query = magnifying
+    expected = segmenter.segment(query)
+    stored = reoriented(query, *orientation)
+    result = segmenter.segment(stored)
+    assert expected.labels.any()
+    np.testing.assert_array_equal(canonical_view(result.labels, stored.affine), expected.labels)
+
+
+def test_a_close_up_replaces_what_the_overview_found(magnifying, monkeypatch):
+    segmenter, query = magnifying
+    window = Window((20, 20, 25), (50, 52, 57))
+    monkeypatch.setattr("ofl_sam2.drawing.windows", lambda *_: [(window, (1,))])
+    result = segmenter.segment(query)
+    assert result.labels.any()
+    result.labels[window.slices] = 0
+    assert not result.labels.any()
+
+
+def test_without_close_ups_and_side_views_a_volume_is_looked_at_once(magnifying):
+    segmenter, query = magnifying
+    plain = with_settings(segmenter, side_views=False, close_ups=False)
+    seen = []
+    plain.segment(query, lambda done, total: seen.append(total))
+    assert set(seen) == {query.grid[2]}
 
 
 @pytest.mark.parametrize(
@@ -164,6 +208,20 @@ def test_a_chosen_structure_is_learned_alone(make_segmenter, make_case, query):
     result = segmenter.segment(query)
     assert set(np.unique(result.labels)) <= {0, 2}
     assert list(result.quality) == ["dim"]
+
+
+def test_a_forgotten_case_is_as_if_it_had_never_been_learned(make_segmenter, make_case, query):
+    segmenter = make_segmenter((make_case("a", values=(1,)), make_case("b", seed=1)))
+    segmenter.forget(["b"])
+    assert segmenter.structures == {1: "structure_1"}
+    assert same(segmenter.segment(query), make_segmenter((make_case("a", values=(1,)),)).segment(query))
+    with pytest.raises(InputError, match=r"There is no label of b to forget\. Known: a\."):
+        segmenter.forget(["a", "b"])
+    segmenter.forget(["a"])
+    with pytest.raises(InputError, match="Nothing has been learned yet"):
+        segmenter.segment(query)
+    segmenter.learn([make_case("c")])
+    assert list(segmenter.pool.cases) == ["c"]
 
 
 def test_what_cannot_be_learned_is_refused_and_changes_nothing(make_segmenter, make_case, query):

@@ -152,6 +152,14 @@ def test_a_damaged_pool_file_is_written_again_on_save(folder, learned, query):
     assert_same(load_model(folder), learned, query)
 
 
+def test_files_of_the_same_content_are_linked_from_another_model(folder, extended, tmp_path, query):
+    save_model(extended, tmp_path / "next", reuse=folder)
+    shared = set(content(folder)) & set(content(tmp_path / "next")) - {INDEX}
+    assert len(shared) == 2
+    assert all((folder / name).samefile(tmp_path / "next" / name) for name in shared)
+    assert_same(load_model(tmp_path / "next"), extended, query)
+
+
 def test_nothing_learned_is_nothing_to_save(make_segmenter, tmp_path):
     with pytest.raises(InputError, match="nothing to save"):
         save_model(make_segmenter(()), tmp_path / "model")

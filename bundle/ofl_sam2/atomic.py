@@ -57,7 +57,7 @@ def publish(temporary: Path, target: Path) -> None:
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, target)
-    _fsync_folder(target.parent)
+    fsync_folder(target.parent)
 
 
 def atomic_write_text(target: Path | str, text: str) -> None:
@@ -74,7 +74,7 @@ def _concerns(error: OSError, temporary: Path) -> bool:
     return path == temporary or path in temporary.parents
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     if os.name == "nt":  # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -6,6 +6,7 @@ Shapes: K structures of one slice share its image features and go through SAM2 a
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -33,12 +34,17 @@ class SegmentedSlice:
 
 @dataclass(frozen=True)
 class _Support:
-    """A labelled slice as the method uses it, for one structure."""
+    """A labelled slice as the method uses it, for one structure; SAM2's memory of it is encoded when first needed."""
 
-    memory: Memory
+    remember: Callable[[], Memory]
     x: Tensor
     encoding: Tensor
     weight: Tensor
+
+    @cached_property
+    def memory(self) -> Memory:
+        """SAM2's memory of the slice."""
+        return self.remember()
 
     @property
     def sample(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,10 +68,17 @@ class SupportEncoder:
         return entry
 
     def _encode(self, key: SupportKey, value: int) -> _Support:
-        device = self.learner.lam.device
-        features, mask = self.pool.features(key).to(device), self.pool.mask(key, value)[None].to(device)
+        features, mask = self._slice(key, value)
         encoded = self.learner.encode_labels(features.stride16, mask_at_logit_size(mask, features.stride4.shape[-1]))
-        return _Support(self.backbone.remember_mask(features, mask), self.learner.embed(features.stride16), *encoded)
+        remember = partial(self._remember, key, value)
+        return _Support(remember, self.learner.embed(features.stride16), *encoded)
+
+    def _remember(self, key: SupportKey, value: int) -> Memory:
+        return self.backbone.remember_mask(*self._slice(key, value))
+
+    def _slice(self, key: SupportKey, value: int) -> tuple[ImageFeatures, Tensor]:
+        device = self.learner.lam.device
+        return self.pool.features(key).to(device), self.pool.mask(key, value)[None].to(device)
 
 
 def _samples(supports: Sequence[Sequence[_Support]]) -> tuple[Tensor, Tensor, Tensor]:

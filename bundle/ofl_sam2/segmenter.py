@@ -25,6 +25,7 @@ from ofl_sam2.settings import Settings
 from ofl_sam2.volume import SliceStack, Volume
 
 _ENCODE_BATCH = 8
+_SOLVING = ("pool_slices", "learn_steps", "preconditioned", "exact_ridge")
 
 
 @dataclass(frozen=True)
@@ -261,5 +262,8 @@ def with_settings(segmenter: VolumeSegmenter, **changes: Any) -> VolumeSegmenter
     other = VolumeSegmenter(segmenter.backbone, segmenter.learner, settings, segmenter.cache)
     other.pools, other.structures = segmenter.pools, segmenter.structures
     other.viewpoint = segmenter.viewpoint and replace(segmenter.viewpoint, settings=settings)
-    other.solve()
+    if any(getattr(settings, name) != getattr(segmenter.settings, name) for name in _SOLVING):
+        other.solve()
+    else:
+        other._views = segmenter._views
     return other

@@ -167,13 +167,20 @@ def save_model(
                 path.unlink()
 
 
-def load_model(folder: Path, device: str = "cpu", cache: FeatureCache | None = None, **changes: Any) -> VolumeSegmenter:
+def load_model(
+    folder: Path,
+    device: str = "cpu",
+    cache: FeatureCache | None = None,
+    backbone: SAM2Backbone | None = None,
+    **changes: Any,
+) -> VolumeSegmenter:
     """Read a saved model.
 
     Args:
         folder: written by `save_model`.
         device: "cpu" or "cuda".
         cache: frozen features by content.
+        backbone: one that is loaded on the device already, taken if it is that of the model.
         changes: settings that differ from the saved ones.
 
     Raises:
@@ -184,7 +191,8 @@ def load_model(folder: Path, device: str = "cpu", cache: FeatureCache | None = N
     index = read_index(folder)
     settings = Settings.from_dict({**index.settings.to_dict(), **changes})
     try:
-        backbone = load_backbone(index.backbone, index.image_size, device)
+        if backbone is None or (backbone.config.name, backbone.image_size) != (index.backbone, index.image_size):
+            backbone = load_backbone(index.backbone, index.image_size, device)
     except InputError as error:
         raise ModelError(f"{folder / INDEX} is damaged: {error} {_ADVICE}") from error
     learner = read_learner(_checked(folder, index.learner)).to(device)

@@ -95,7 +95,7 @@ class SyntheticEpisodes(IterableDataset):
         first = dice.integer(self.queries - 1, depth - self.queries)
         queries = [first + step * i for i in range(self.queries)]
         near = [round(first + 2.5 * float(dice.normal(1))) for _ in range(supports)]
-        chosen = [z if 0 <= z < depth and dice.chance(0.8) else dice.integer(0, depth - 1) for z in near]
+        chosen = [z if 0 <= z < depth and dice.chance(0.65) else dice.integer(0, depth - 1) for z in near]
         box = (..., *_field_of_view(dice, regions_b.shape[-1]))
         seen_a, seen_b = regions_a[chosen][box], regions_b[queries][box]
         targets = _targets(dice, seen_a, seen_b, self.objects)
