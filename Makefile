@@ -6,7 +6,9 @@
 #                https://download.pytorch.org/whl/cpu
 #   DATA         `download` lets the demo fetch its data
 #   WORKERS      test processes (default: one a core, at most 4)
-#   ARGS         further arguments for pytest, for example ARGS="-k volume"
+#   ARGS         further arguments for pytest, for example ARGS="-k volume", or for the server
+#   STUDIES      what `make serve` serves: a folder of images, or the URL of a DICOMweb server
+#   PORT         where it listens on 127.0.0.1
 # OFL_SAM2_DATA (environment): folder with real volumes; by default ../shared/data where it exists.
 
 VENV := .venv
@@ -17,13 +19,14 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.10; do \
 	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 WORKERS ?= logical --maxprocesses 4
+PORT ?= 8000
 OFL_SAM2_DATA ?= $(if $(wildcard ../shared/data/.),$(CURDIR)/../shared/data)
 ifneq ($(OFL_SAM2_DATA),)
 export OFL_SAM2_DATA
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test campaign lint bench clean
+.PHONY: help setup demo serve test campaign lint bench bundle clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -32,6 +35,11 @@ setup: $(STAMP) ## Create .venv with every dependency and this package (about 3 
 
 demo: $(STAMP) ## Learn from a few labelled volumes, segment the rest, write a report to demo_output/
 	$(BIN)/python -m ofl_sam2 demo --output demo_output $(if $(filter download,$(DATA)),--download)
+
+serve: $(STAMP) ## Start the annotation server for 3D Slicer and OHIF: make serve STUDIES=path/to/images
+	@test -n "$(STUDIES)" || { echo "Which images? Run: make serve STUDIES=/path/to/images" >&2; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/apps/ofl_sam2" $(BIN)/python -m monailabel.main start_server \
+		--app apps/ofl_sam2 --studies "$(STUDIES)" --host 127.0.0.1 --port $(PORT) --uvicorn_app server.app:app $(ARGS)
 
 test: $(STAMP) ## Run the test suite, doctests included
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
@@ -46,6 +54,9 @@ lint: $(STAMP) ## Check style, format and types
 
 bench: $(STAMP) ## Run every benchmark; results are written beside the scripts
 	@set -e; for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
+
+bundle: $(STAMP) ## Write the MONAI bundle to dist/ as a zip that `monai.bundle download` takes
+	$(BIN)/python tools/bundle.py
 
 clean: ## Remove caches, build products and demo_output/ (.venv stays)
 	rm -rf demo_output build dist bundle/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

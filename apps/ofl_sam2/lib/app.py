@@ -1,0 +1,188 @@
+"""The app: studies, journal, learning and tasks put together.
+
+    save label -> journal -> studies -> learning thread -> snapshot -> infer, train, score
+
+One server process of a model root learns. The processes of training, batch inference and scoring build the same app,
+which starts nothing and changes nothing until it is told that it is the server.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from monailabel.config import settings
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
+from monailabel.interfaces.tasks.infer_v2 import InferTask
+from monailabel.interfaces.tasks.scoring import ScoringMethod
+from monailabel.interfaces.tasks.strategy import Strategy
+from monailabel.interfaces.tasks.train import TrainTask
+from monailabel.utils.sessions import Sessions
+
+from lib.cases import FINAL, image_path, read_case
+from lib.configs.ofl_sam2 import OFLSAM2
+from lib.datastores.dicomweb import connect
+from lib.datastores.local import JournaledLocalDatastore
+from lib.infers.batch import BatchInfer
+from lib.options import Options
+from lib.workspace import Workspace
+from ofl_sam2 import __version__
+from ofl_sam2.errors import OFLError
+from ofl_sam2.service.journal import LabelJournal
+from ofl_sam2.service.learning import LearningService
+
+_NAME = "ofl_sam2"
+_DESCRIPTION = "Learns structures from the labels you save and segments the other images without prompts"
+
+
+class OFLSAM2App(MONAILabelApp):
+    """Online few-shot learning with SAM2 for MONAI Label.
+
+    Attributes:
+        workspace: state below the model root; `registry`, `snapshots`, `serving` and `jobs` are parts of it.
+        journal: every label ever saved.
+        service: learns labels in a thread of its own.
+
+    Args:
+        app_dir: folder of the app.
+        studies: folder of images, or address of a DICOMweb server.
+        conf: see `Options`.
+
+    Raises:
+        InputError: configuration that cannot be read.
+        ModelError: the model root was learned with another backbone.
+    """
+
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        self.options = Options.from_conf(Path(app_dir), conf)
+        self.workspace = Workspace(self.options)
+        self.workspace.check_backbone()
+        self.registry, self.snapshots = self.workspace.registry, self.workspace.snapshots
+        self.serving, self.jobs = self.workspace.serving, self.workspace.jobs
+        self.journal = LabelJournal(self.options.model_root / "journal")
+        self._tasks = OFLSAM2(self.workspace)
+        self._server_lock = FileLock(self.options.model_root / "server.lock", thread_local=False)
+        super().__init__(app_dir, studies, conf, name="OFL-SAM2", description=_DESCRIPTION, version=__version__)
+        self._auto_update_scoring = not self.options.skip_scoring
+        self.service = LearningService(
+            self.serving,
+            self.registry,
+            self.workspace.open_base,
+            lambda image_id: read_case(self.datastore(), self.registry, image_id),
+        )
+
+    def init_datastore(self) -> Datastore:
+        """The studies, with a journal before every save."""
+        if self.studies.startswith(("http://", "https://")):
+            return connect(self.studies, self.workspace.cache_folder / "dicomweb", self.journal)
+        return JournaledLocalDatastore(self.studies, self.journal)
+
+    def init_infers(self) -> dict[str, InferTask]:
+        """The inference task."""
+        return {_NAME: self._tasks.infer()}
+
+    def init_trainers(self) -> dict[str, TrainTask]:
+        """The training task."""
+        return {_NAME: self._tasks.trainer()}
+
+    def init_strategies(self) -> dict[str, Strategy]:
+        """The active learning strategies."""
+        return self._tasks.strategy()
+
+    def init_scoring_methods(self) -> dict[str, ScoringMethod]:
+        """The scoring method."""
+        return self._tasks.scoring_method()
+
+    def init_batch_infer(self) -> BatchInfer:
+        """One image after the other."""
+        return BatchInfer()
+
+    def server_mode(self, mode: bool) -> None:
+        """Become the one server of this model root.
+
+        Raises:
+            OFLError: another server has it.
+        """
+        if mode:
+            try:
+                self._server_lock.acquire(timeout=0)
+            except Timeout as error:
+                raise OFLError(
+                    f"Another server uses {self.options.model_root} already. "
+                    "Stop it, or start this one with another --conf model_root PATH."
+                ) from error
+        super().server_mode(mode)
+
+    def on_init_complete(self) -> None:
+        """Bring studies, journal and learned state together, and learn from now on."""
+        studies = self.datastore()
+        studies.on_label = lambda image_id, event: self.service.learn(image_id, event.sha256)
+        studies.on_delete = self.service.forget
+        studies.reconcile()
+        latest = self.journal.latest()
+        self.service.reconcile({image: event.sha256 for (image, tag), event in latest.items() if tag == FINAL})
+        self.service.start()
+        if settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD:
+            studies.watch()
+        super().on_init_complete()
+
+    def close(self) -> None:
+        """Stop to watch and to learn, and let another server have the model root."""
+        self.datastore().close()
+        self.service.close()
+        self._server_lock.release()
+
+    def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+        """Segment an image of the studies, or one that lies at a path (an upload, a session).
+
+        Args:
+            request: `model`, `image` (id or path), options; with `save_label` the result of an image of the studies is
+                saved under `label_tag`.
+            datastore: studies; default those of the app.
+
+        Returns:
+            `file` with the label map, `label` (its id if it was saved, else the file), `tag` and `params`.
+
+        Raises:
+            MONAILabelException: unknown model or image.
+            InputError: see `OFLSAM2Infer`.
+        """
+        task = self._infers.get(request.get("model", ""))
+        if task is None:
+            known = ", ".join(self._infers)
+            raise MONAILabelException(
+                MONAILabelError.INVALID_INPUT, f"There is no model '{request.get('model')}' here. Use {known}."
+            )
+        studies, image = datastore or self.datastore(), str(request.get("image") or "")
+        in_studies = image in studies.list_images()
+        if not in_studies and not Path(image).is_absolute():
+            raise ImageNotFoundException(f"The studies hold no image '{image}'. Refresh the list of images.")
+        path = image_path(studies, image) if in_studies else Path(image)
+        file, params = task({**request, "image": str(path), "image_id": image if in_studies else None})
+        tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
+        label = file
+        if in_studies and request.get("save_label"):
+            names = [{"name": name, "idx": value} for name, value in params["label_names"].items()]
+            details = {"model": request["model"], "label_info": names, "label_names": params["label_names"]}
+            label = studies.save_label(image, file, tag, {**details, "params": params})
+        return {"label": label, "tag": tag, "file": file, "params": params}
+
+    def status(self) -> dict[str, Any]:
+        """What is served, learned and running, as plain values for JSON."""
+        learning = self.service.status()
+        return {
+            "version": __version__,
+            "snapshot": learning.pop("snapshot"),
+            "structures": self.registry.names(),
+            "jobs": [job.to_dict() for job in self.jobs.list()],
+            "device": self.options.device,
+            "learning": learning,
+        }
+
+    def _load_sessions(self, load: bool = False) -> Sessions | None:
+        """Uploaded images, in the cache of the app unless MONAI Label was told another place."""
+        if not load:
+            return None
+        folder = settings.MONAI_LABEL_SESSION_PATH or str(self.workspace.cache_folder / "sessions")
+        return Sessions(folder, settings.MONAI_LABEL_SESSION_EXPIRY)

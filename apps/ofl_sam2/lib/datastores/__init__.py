@@ -1,0 +1,1 @@
+"""Studies whose labels are journaled before they are written: a local folder, or a DICOMweb server."""

@@ -1,0 +1,168 @@
+"""The training task `ofl_sam2`: fits learner and fusion to all final labels, in a process of its own."""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.train import TrainTask
+
+from lib.cases import LazyCases, read_case
+from lib.trainers.stats import TrainingStats
+from lib.workspace import Workspace
+from ofl_sam2.dataset import LabelledCase
+from ofl_sam2.errors import InputError
+from ofl_sam2.segmenter import VolumeSegmenter
+from ofl_sam2.service.snapshots import Snapshot
+from ofl_sam2.store import load_model
+from ofl_sam2.training.trainer import EpochReport, TrainingResult, TrainingSettings, train
+
+logger = logging.getLogger(__name__)
+
+_DESCRIPTION = "Fits the few-shot learner and the fusion to all final labels; SAM2 stays frozen (OFL-SAM2)"
+
+
+class OFLSAM2Trainer(TrainTask):
+    """Trains the newest snapshot and publishes the result if it is better on held-out slices.
+
+    A training that is killed leaves the snapshots as they are, and a checkpoint that the next one goes on from.
+
+    Args:
+        workspace: state of the app.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        super().__init__(_DESCRIPTION)
+        self._workspace = workspace
+        self._stats = TrainingStats(workspace.options.model_root / "training.json")
+
+    def config(self) -> dict[str, Any]:
+        """What a client can choose; `max_epochs` 0 means that the minutes decide alone."""
+        return {"minutes": 5.0, "max_epochs": 0, "seed": 0, "device": [self._workspace.options.device]}
+
+    def stats(self) -> dict[str, Any]:
+        """See `TrainingStats.show`."""
+        return self._stats.show()
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Train.
+
+        Returns:
+            The statistics, with Dice before and after, and whether the result was published.
+
+        Raises:
+            InputError: no label has been saved yet, or options that are no numbers.
+        """
+        settings = _settings(request)
+        self._stats.begin(settings.epochs or 1)
+        try:
+            self._train(settings, datastore)
+        except Exception as error:
+            self._stats.finish(state="failed", published=False, message=str(error))
+            raise
+        return self._stats.show()
+
+    def _train(self, settings: TrainingSettings, datastore: Datastore) -> None:
+        current = self._workspace.snapshots.current()
+        if current is None:
+            raise InputError("Nothing has been learned yet, so there is nothing to train. Save a label first.")
+        options = self._workspace.options
+        segmenter = load_model(current.folder, options.device, self._workspace.cache)
+
+        def read(image_id: str) -> LabelledCase:
+            return read_case(datastore, self._workspace.registry, image_id)
+
+        names, left_out = _learn_all(segmenter, datastore, read, self._workspace.registry.names)
+        if not names:
+            raise InputError("The studies hold no final label to train on. Save one first.")
+        self._stats.update(state="encoding", cases=len(names), left_out=left_out)
+        result = train(
+            segmenter,
+            LazyCases(names, read),
+            settings,
+            options.model_root / "training.pt",
+            self._report,
+        )
+        version = self._publish(segmenter, names, current) if result.improved else None
+        self._stats.finish(state="done", **_outcome(result, version))
+
+    def _report(self, report: EpochReport) -> None:
+        total = max(report.epoch, round(report.epoch / report.share)) if report.share else report.epoch + 1
+        self._stats.update(state="training", epoch=report.epoch, total_epochs=total, train_loss=round(report.loss, 4))
+        logger.info("Epoch %d of about %d: loss %.4f", report.epoch, total, report.loss)
+
+    def _publish(self, trained: VolumeSegmenter, names: list[str], before: Snapshot) -> int:
+        """Put the fitted parameters on top of the newest snapshot: labels may have come meanwhile."""
+        snapshots, options = self._workspace.snapshots, self._workspace.options
+        with snapshots.lock():
+            newest = snapshots.current()
+            if newest is None:
+                raise InputError("Every label was taken back while the training ran; its result is not published.")
+            segmenter = load_model(newest.folder, options.device, self._workspace.cache)
+            segmenter.learner.load_state_dict(trained.learner.state_dict())
+            segmenter.solve()
+            learned = {**newest.notes.get("learned", {}), **before.notes.get("learned", {})}
+            trained_on = {name: learned.get(name, "") for name in names}
+            notes = {**newest.notes, "trained_on": trained_on, "reason": "training"}
+            return snapshots.publish(segmenter, notes).version
+
+
+def _learn_all(
+    segmenter: VolumeSegmenter,
+    datastore: Datastore,
+    read: Callable[[str], LabelledCase],
+    structures: Callable[[], dict[str, int]],
+) -> tuple[list[str], dict[str, str]]:
+    """Learn the final labels that the snapshot does not know yet.
+
+    Returns:
+        Images with a final label that can be trained on; the others and why not.
+    """
+    names, left_out = [], {}
+    for image_id in sorted(datastore.get_labeled_images()):
+        try:
+            case = read(image_id)
+            if image_id not in segmenter.pool.cases:
+                values = {*segmenter.pool.values(), *case.values}
+                segmenter.learn([case], {value: name for name, value in structures().items() if value in values})
+            names.append(image_id)
+        except InputError as error:
+            left_out[image_id] = str(error)
+    return names, left_out
+
+
+def _settings(request: dict[str, Any]) -> TrainingSettings:
+    """What the request asks for.
+
+    Raises:
+        InputError: values that are no numbers, or none that can be trained with.
+    """
+    try:
+        minutes, epochs = float(request.get("minutes") or 5.0), int(request.get("max_epochs") or 0)
+        seed = int(request.get("seed") or 0)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"minutes, max_epochs and seed must be numbers ({error}).") from error
+    if not math.isfinite(minutes):
+        raise InputError(f"minutes is {minutes}; it must be a finite number.")
+    return TrainingSettings(minutes=minutes, epochs=epochs or None, seed=seed)
+
+
+def _outcome(result: TrainingResult, version: int | None) -> dict[str, Any]:
+    """What the statistics say at the end."""
+    before, after = (None if dice is None else round(dice, 4) for dice in (result.dice_before, result.dice_after))
+    if before is None or after is None:
+        compared = "there are too few labels to hold slices out and compare"
+    else:
+        compared = f"Dice on held-out slices was {before} before and {after} after the training"
+    kept = after if version is not None else before
+    published = "Not published" if version is None else f"Published as snapshot {version}"
+    return {
+        "epoch": len(result.reports),
+        "total_epochs": len(result.reports),
+        "best_metric": kept or 0.0,
+        "dice_before": before,
+        "dice_after": after,
+        "published": version is not None,
+        "message": f"{published}: {compared}.",
+    }

@@ -1,0 +1,34 @@
+"""The uvicorn app. It is made after the annotation app, which makes the library `ofl_sam2` importable."""
+
+from fastapi import APIRouter, FastAPI
+from fastapi.middleware import Middleware
+from monailabel.app import app
+from monailabel.endpoints import activelearning, batch_infer, datastore, infer, model, session, train, wsi_infer
+from monailabel.interfaces.utils.app import app_instance
+
+_REPLACED = (activelearning, batch_infer, datastore, infer, model, session, train)
+
+
+def install(app: FastAPI, own: list[APIRouter]) -> None:
+    """Put our routes in the place of MONAI Label's routes of the same address and method.
+
+    Left out without replacement: slide inference, which reads any path, and `/reload`, which starts a second app.
+    """
+    taken = {(route.path, method) for router in own for route in router.routes for method in route.methods}
+    for module in _REPLACED:
+        module.router.routes[:] = [
+            route for route in module.router.routes if taken.isdisjoint((route.path, m) for m in route.methods)
+        ]
+    wsi_infer.router.routes.clear()
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) != "/reload"]
+    for router in own:
+        app.include_router(router)
+
+
+app_instance()
+
+from server import errors, keys, routes  # noqa: E402
+
+install(app, routes.ROUTERS)
+app.user_middleware.append(Middleware(keys.CheckedKeys))
+errors.install(app)

@@ -1,0 +1,17 @@
+"""The parts that requests are made of, and who may send them."""
+
+from typing import Annotated, Any
+
+from fastapi import Body, Depends, File, Form, UploadFile
+from monailabel.config import settings
+from monailabel.endpoints.user.auth import RBAC, User
+
+Upload = Annotated[UploadFile, File()]
+Uploads = Annotated[list[UploadFile], File()]
+OptionalUpload = Annotated[UploadFile | None, File()]
+Params = Annotated[str, Form(description="a JSON object")]
+Options = Annotated[dict[str, Any] | None, Body()]
+
+AnyUser = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))]
+Annotator = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))]
+Admin = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))]

@@ -1,0 +1,450 @@
+"""The routes of the server around an app that only answers: checks, queue, errors, addresses."""
+
+import errno
+import io
+import json
+import subprocess
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from fastapi import HTTPException
+from fastapi.testclient import TestClient
+
+from ofl_sam2.errors import Cancelled, InputError, ModelError
+from ofl_sam2.files import write_labels
+from ofl_sam2.volume import Volume
+
+GRID = (12, 10, 4)
+
+
+class FakeDatastore:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.saved, self.fails = folder, [], None
+
+    def list_images(self) -> list[str]:
+        return ["case_a", "case b.1"]
+
+    def get_image_uri(self, image: str) -> str:
+        return str(self.folder / "image.nii.gz") if image in self.list_images() else ""
+
+    def get_image_info(self, image: str) -> dict[str, Any]:
+        return {}
+
+    def update_image_info(self, image: str, info: dict[str, Any]) -> None:
+        pass
+
+    def get_label_uri(self, label: str, tag: str) -> str:
+        return ""
+
+    def save_label(self, image: str, path: str, tag: str, details: dict[str, Any]) -> str:
+        if self.fails:
+            raise self.fails
+        self.saved.append((image, tag, Path(path).suffix, details))
+        return image
+
+
+class FakeRegistry:
+    def __init__(self) -> None:
+        self.values = {"organ": 1, "vessel": 2}
+
+    def names(self) -> dict[str, int]:
+        return self.values
+
+    def remap(self, labels: np.ndarray, label_info: Any) -> np.ndarray:
+        if label_info and len({entry["idx"] for entry in label_info}) < len(label_info):
+            raise InputError("Two segments have the value 1. Give each its own.")
+        return labels
+
+    def rename(self, old: str, new: str) -> None:
+        if old not in self.values:
+            raise InputError(f"There is no structure '{old}'.")
+        self.values[new] = self.values.pop(old)
+
+    def merge(self, name: str, into: str) -> None:
+        self.values.pop(name)
+
+
+class FakeSnapshots:
+    def __init__(self) -> None:
+        self.kept = [SimpleNamespace(version=v, created=f"day {v}", notes={"reason": "label"}) for v in (3, 4)]
+        self.newest: SimpleNamespace | None = self.kept[-1]
+
+    def current(self) -> SimpleNamespace | None:
+        return self.newest
+
+    def list(self) -> list[SimpleNamespace]:
+        return self.kept
+
+    def rollback(self, version: int) -> SimpleNamespace:
+        self.newest = next(s for s in self.kept if s.version == version)
+        return self.newest
+
+    def export(self, version: int, target: Path, with_pool: bool = False) -> None:
+        with zipfile.ZipFile(target, "w") as archive:
+            archive.writestr("model.json", str(version))
+            if with_pool:
+                archive.writestr("pool.safetensors", "")
+
+
+class FakeApp:
+    """What the server needs of the app. `behave` is called for each inference."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._infers = self._trainers = {"ofl_sam2": None}
+        self._strategies = {"random": None}
+        self.registry, self.snapshots = FakeRegistry(), FakeSnapshots()
+        self.changes: list[str] = []
+        self.service = SimpleNamespace(structures_changed=lambda: self.changes.append("structures"))
+        self.refused: list[tuple[Any, ...]] = []
+        self.journal = SimpleNamespace(record_refused=lambda *event: self.refused.append(event))
+        self.jobs = SimpleNamespace(list=lambda: [], cancel=lambda job_id: job_id == "known")
+        self._datastore = FakeDatastore(folder)
+        self.requests: list[dict[str, Any]] = []
+        self.behave = lambda request: None
+
+    def server_mode(self, mode: bool) -> None: ...
+
+    def on_init_complete(self) -> None: ...
+
+    def info(self) -> dict[str, Any]:
+        return {"name": "fake", "trainers": {}}
+
+    def status(self) -> dict[str, Any]:
+        return {"snapshot": 4}
+
+    def datastore(self) -> FakeDatastore:
+        return self._datastore
+
+    def sessions(self) -> Any:
+        from monailabel.utils.sessions import Sessions
+
+        return Sessions(str(self.folder / "sessions"))
+
+    def on_save_label(self, image: str, label: str) -> dict[str, Any]:
+        return {"queued": True}
+
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"id": "case_a"}
+
+    def infer(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.requests.append(request)
+        self.behave(request)
+        return {"file": None, "label": None, "params": {"label_names": {"organ": 1}}}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Any]:
+    """The uvicorn app, imported as the server does it, with a place for a fake annotation app."""
+    from monailabel.interfaces.utils import app as instances
+
+    before = dict(instances.apps)
+    instances.apps[""] = FakeApp(Path())
+    try:
+        from server.app import app
+
+        yield app
+    finally:
+        instances.apps.clear()
+        instances.apps.update(before)
+
+
+@pytest.fixture
+def fake(server: Any, tmp_path: Path) -> FakeApp:
+    from monailabel.interfaces.utils import app as instances
+
+    image = Volume(np.random.default_rng(0).normal(size=GRID).astype(np.float32), np.eye(4), "image")
+    write_labels(tmp_path / "image.nii.gz", (image.voxels > 0).astype(np.uint8), image)
+    instances.apps[""] = FakeApp(tmp_path)
+    return instances.apps[""]
+
+
+@pytest.fixture
+def client(server: Any, fake: FakeApp) -> Iterator[TestClient]:
+    with TestClient(server, raise_server_exceptions=False) as client:
+        yield client
+
+
+def label_file(folder: Path, grid: tuple[int, ...] = GRID, value: int = 1, name: str = "x.nrrd") -> bytes:
+    labels = np.zeros(grid, np.uint8)
+    labels[2:6, 2:6, 1:3] = value
+    write_labels(folder / name, labels, Volume(np.zeros(grid, np.float32), np.eye(4), "x"))
+    return (folder / name).read_bytes()
+
+
+def sentence(answer: Any) -> str:
+    """The one sentence of an error answer."""
+    detail = answer.json()["detail"]
+    assert isinstance(detail, str) and detail.endswith(".") and "Traceback" not in detail
+    return detail
+
+
+def test_infer_answers_params(client: TestClient, fake: FakeApp) -> None:
+    answer = client.post("/infer/ofl_sam2?image=case_a", data={"params": '{"result_extension": ".nrrd"}'})
+    assert answer.status_code == 200 and answer.json() == {"label_names": {"organ": 1}}
+    assert fake.requests[0]["image"] == "case_a" and fake.requests[0]["result_extension"] == ".nrrd"
+
+
+@pytest.mark.parametrize(
+    ("address", "params", "status", "word"),
+    [
+        ("/infer/unknown?image=case_a", "{}", 404, "ofl_sam2"),
+        ("/infer/ofl_sam2?image=case_z", "{}", 404, "case_z"),
+        ("/infer/ofl_sam2", "{}", 400, "Nothing to segment"),
+        ("/infer/ofl_sam2?image=case_a", "{broken", 400, "no JSON"),
+        ("/infer/ofl_sam2?image=case_a", "[1]", 400, "object"),
+        ("/infer/ofl_sam2?image=case_a", '{"image": "/etc/passwd"}', 400, "image"),
+        ("/infer/ofl_sam2?image=case_a", '{"result_extension": "/../x"}', 400, "suffix"),
+        ("/infer/ofl_sam2?image=case_a", '{"model_filename": "../x.pt"}', 400, "without folders"),
+        ("/infer/ofl_sam2?image=case_a", '{"label_tag": ["a"]}', 400, "no text"),
+        ("/infer/ofl_sam2?image=../case_a", "{}", 400, "slashes"),
+        ("/infer/ofl_sam2?image=..", "{}", 400, "slashes"),
+        ("/infer/ofl_sam2?session_id=..", "{}", 400, "session"),
+        ("/infer/ofl_sam2?session_id=0123", "{}", 404, "expired"),
+        ("/infer/ofl_sam2?image=case_a&output=dicom_seg", "{}", 400, "DICOMweb"),
+        ("/infer/ofl_sam2?image=case_a&output=pdf", "{}", 422, "output"),
+    ],
+)
+def test_infer_refuses(client: TestClient, fake: FakeApp, address: str, params: str, status: int, word: str) -> None:
+    answer = client.post(address, data={"params": params})
+    assert answer.status_code == status and word in sentence(answer)
+    assert not fake.requests
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InputError("Nothing has been learned yet. Save a label first."), 400),
+        (ModelError("The snapshot is damaged. Roll back."), 409),
+        (Cancelled("Cancelled."), 409),
+        (OSError(errno.ENOSPC, "No space left on device"), 507),
+        (PermissionError(errno.EACCES, "Permission denied"), 500),
+    ],
+)
+def test_errors_of_an_inference_have_a_sentence(
+    client: TestClient, fake: FakeApp, error: Exception, status: int
+) -> None:
+    def fail(request: dict[str, Any]) -> None:
+        raise error
+
+    fake.behave = fail
+    answer = client.post("/infer/ofl_sam2?image=case_a")
+    assert answer.status_code == status and sentence(answer)
+    fake.behave = lambda request: None
+    assert client.post("/infer/ofl_sam2?image=case_a").status_code == 200
+
+
+def test_server_answers_during_an_inference_and_refuses_when_full(client: TestClient, fake: FakeApp) -> None:
+    running, go_on = threading.Event(), threading.Event()
+
+    def wait(request: dict[str, Any]) -> None:
+        running.set()
+        assert go_on.wait(30)
+
+    fake.behave = wait
+    answers: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(client.post("/infer/ofl_sam2?image=case_a").status_code))
+        for _ in range(5)
+    ]
+    for thread in threads:
+        thread.start()
+    assert running.wait(30)
+    while client.get("/ofl/status").json()["queue"] != {"running": 1, "waiting": 4, "limit": 4}:
+        pass
+    assert client.get("/info/").json()["name"] == "fake"
+    busy = client.post("/infer/ofl_sam2?image=case_a")
+    assert busy.status_code == 503 and "busy" in sentence(busy) and int(busy.headers["Retry-After"]) > 0
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * 5
+    assert client.get("/ofl/status").json()["queue"]["waiting"] == 0
+
+
+def test_save_label(client: TestClient, fake: FakeApp, tmp_path: Path) -> None:
+    params = {"label_info": [{"name": "organ", "idx": 1}], "client_id": "ann"}
+    answer = client.put(
+        "/datastore/label?image=case%20b.1",
+        data={"params": json.dumps(params)},
+        files={"label": ("C:\\data.of\\x.nrrd", label_file(tmp_path))},
+    )
+    assert answer.json() == {"queued": True, "image": "case b.1", "label": "case b.1"}
+    assert fake.datastore().saved == [("case b.1", "final", ".nrrd", {**params, "user": "admin"})]
+
+
+def test_only_final_labels_must_be_fit_to_learn_from(client: TestClient, fake: FakeApp, tmp_path: Path) -> None:
+    empty = label_file(tmp_path, value=0)
+    for address, status in [("&tag=original", 200), ("&tag=", 400), ("", 400)]:
+        answer = client.put(f"/datastore/label?image=case_a{address}", files={"label": ("x.nrrd", empty)})
+        assert answer.status_code == status
+    assert [entry[1] for entry in fake.datastore().saved] == ["original"]
+
+
+def test_unfit_labels_are_refused_and_kept(client: TestClient, fake: FakeApp, tmp_path: Path) -> None:
+    twice = json.dumps({"label_info": [{"name": "a", "idx": 1}, {"name": "b", "idx": 1}]})
+    nan = np.full(GRID, np.nan, np.float32)
+    nib.save(nib.Nifti1Image(nan, np.eye(4)), tmp_path / "nan.nii.gz")
+    nib.save(nib.Nifti1Image(nan * 0 + 0.5, np.eye(4)), tmp_path / "half.nii.gz")
+    cases = [
+        (label_file(tmp_path, (12, 10, 5)), "x.nrrd", "{}"),
+        (label_file(tmp_path, value=0), "x.nrrd", "{}"),
+        (label_file(tmp_path), "x.nrrd", twice),
+        ((tmp_path / "nan.nii.gz").read_bytes(), "x.nii.gz", "{}"),
+        ((tmp_path / "half.nii.gz").read_bytes(), "x.nii.gz", "{}"),
+        (b"no image", "x.nii.gz", "{}"),
+    ]
+    for number, (content, name, params) in enumerate(cases, start=1):
+        answer = client.put("/datastore/label?image=case_a", data={"params": params}, files={"label": (name, content)})
+        assert answer.status_code == 400, answer.text
+        assert str(tmp_path.parent) not in sentence(answer).replace(str(tmp_path / "image.nii.gz"), "")
+        assert len(fake.refused) == number
+    assert not fake.datastore().saved
+
+
+def test_save_label_refuses_unfit_requests(client: TestClient, fake: FakeApp, tmp_path: Path) -> None:
+    label = label_file(tmp_path)
+    for address, name, status in [
+        ("?image=case_z", "x.nrrd", 404),
+        ("?image=case_a&tag=../up", "x.nrrd", 400),
+        ("?image=case_a", "..", 400),
+        ("?image=case_a", "x", 400),
+    ]:
+        answer = client.put(f"/datastore/label{address}", files={"label": (name, label)})
+        assert answer.status_code == status and sentence(answer)
+    assert client.put("/datastore/label?image=case_a").status_code == 422
+    fake.datastore().fails = OSError(errno.ENOSPC, "No space left on device")
+    full = client.put("/datastore/label?image=case_a", files={"label": ("x.nrrd", label)})
+    assert full.status_code == 507 and "full" in sentence(full)
+    assert not fake.datastore().saved
+
+
+def test_status_jobs_and_structures(client: TestClient, fake: FakeApp) -> None:
+    assert client.get("/ofl/status").json()["snapshot"] == 4
+    assert client.get("/ofl/jobs").json() == []
+    assert client.delete("/ofl/jobs/known").json()["cancelled"] is True
+    assert client.delete("/ofl/jobs/other").status_code == 404
+    assert client.get("/ofl/structures").json() == {"organ": 1, "vessel": 2}
+    assert client.post("/ofl/structures/rename", json={"old": "organ", "new": "liver"}).json()["liver"] == 1
+    assert client.post("/ofl/structures/rename", json={"old": "organ", "new": "x"}).status_code == 400
+    assert client.post("/ofl/structures/merge", json={"name": "vessel", "into": "liver"}).json() == {"liver": 1}
+    assert fake.changes == ["structures"] * 2
+
+
+def test_snapshots_and_rollback(client: TestClient, fake: FakeApp) -> None:
+    assert [(s["version"], s["current"]) for s in client.get("/ofl/snapshots").json()] == [(3, False), (4, True)]
+    assert client.post("/ofl/snapshots/3/rollback").json() == {"version": 3}
+    assert fake.snapshots.current().version == 3
+    unknown = client.post("/ofl/snapshots/9/rollback")
+    assert unknown.status_code == 404 and "3, 4" in sentence(unknown)
+
+
+def test_model_comes_without_the_pool_unless_asked(client: TestClient, fake: FakeApp) -> None:
+    def names(address: str) -> list[str]:
+        return zipfile.ZipFile(io.BytesIO(client.get(address).content)).namelist()
+
+    assert names("/model/ofl_sam2") == ["model.json"]
+    assert names("/model/ofl_sam2?pool=true") == ["model.json", "pool.safetensors"]
+    assert client.get("/model/info/ofl_sam2").json()["version"] == 4
+    assert client.get("/model/other").status_code == 404
+    assert client.put("/model/ofl_sam2", files={"file": b"x"}).status_code == 405
+    assert client.delete("/model/ofl_sam2").status_code == 405
+    fake.snapshots.newest = None
+    assert "Save a label" in sentence(client.get("/model/ofl_sam2"))
+
+
+def test_sessions_take_files_and_archives(client: TestClient) -> None:
+    single = client.put("/session/", files={"files": ("a.nii.gz", b"12")}).json()
+    assert client.get(f"/session/{single['session_id']}?image=true").content == b"12"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("1.png", b"1")
+        archive.writestr("2.png", b"2")
+    folder = client.put("/session/?uncompress=true", files={"files": ("frames.zip", buffer.getvalue())}).json()
+    assert sorted(p.name for p in Path(folder["session_info"]["image"]).iterdir()) == ["1.png", "2.png"]
+    assert client.put("/session/", files={"files": ("IM0001", b"12")}).status_code == 200
+    below = client.put("/session/", files={"files": ("../../b.nii.gz", b"12")}).json()["session_info"]
+    assert Path(below["image"]) == Path(below["path"]) / "b.nii.gz"
+    assert client.put("/session/", files={"files": ("a/..", b"12")}).status_code == 400
+    zipfile.ZipFile(empty := io.BytesIO(), "w").close()
+    for unfit in (b"12", empty.getvalue()):
+        refused = client.put("/session/?uncompress=true", files={"files": ("frames.zip", unfit)})
+        assert refused.status_code == 400 and "zip" in sentence(refused)
+
+
+def test_archive_cannot_leave_its_folder(client: TestClient, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "evil.tar", "w") as archive:
+        info = tarfile.TarInfo("../../escaped.txt")
+        info.size = 1
+        archive.addfile(info, io.BytesIO(b"1"))
+    content = (tmp_path / "evil.tar").read_bytes()
+    answer = client.put("/session/?uncompress=true", files={"files": ("evil.tar", content)})
+    assert answer.status_code == 400 and "unpack" in sentence(answer)
+
+
+def test_tasks_are_checked_before_they_start(client: TestClient) -> None:
+    assert client.post("/activelearning/random", json={}).json()["id"] == "case_a"
+    assert "random" in sentence(client.post("/activelearning/other", json={}))
+    assert client.post("/train/other", json={}).status_code == 404
+    assert client.post("/batch/infer/other", json={}).status_code == 404
+    assert client.post("/batch/infer/ofl_sam2", json={"label_tag": "../x"}).status_code == 400
+    assert client.post("/train/ofl_sam2", content="{broken").status_code == 422
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/datastore/image?image=..%2Fx",
+        "/datastore/image?image=..%2Fx&image=case_a",
+        "/datastore/label?label=a%00b&tag=final",
+        "/datastore/label?label=a&tag=a/b",
+        "/session/0?session_id=..",
+    ],
+)
+def test_keys_are_checked_on_every_route(client: TestClient, address: str) -> None:
+    assert client.get(address).status_code == 400
+
+
+def test_own_routes_are_described_once_and_dangerous_ones_are_gone(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert "worker" not in paths["/infer/{model}"] and "Segment an image" in paths["/infer/{model}"]["post"]["summary"]
+    assert {"/ofl/status", "/ofl/jobs/{id}", "/ofl/snapshots/{version}/rollback", "/ofl/structures/merge"} <= set(paths)
+    assert not [path for path in paths if "wsi" in path]
+    assert client.post("/reload").status_code in (404, 405)
+    assert client.post("/infer/wsi_v2/ofl_sam2?image=x").status_code == 404
+
+
+def test_cors_is_not_wider_than_monailabel(client: TestClient) -> None:
+    refused = client.get("/datastore/image?image=..%2Fx", headers={"Origin": "http://viewer.example"})
+    allowed = client.get("/info/", headers={"Origin": "http://viewer.example"})
+    name = "access-control-allow-origin"
+    assert refused.headers[name] == allowed.headers[name]
+
+
+def test_queue_counts_and_recovers() -> None:
+    from server.queue import InferenceQueue
+
+    queue = InferenceQueue(limit=0)
+    with queue.turn(), pytest.raises(HTTPException) as busy, queue.turn():
+        pass
+    assert busy.value.status_code == 503
+    with pytest.raises(ValueError), queue.turn():
+        raise ValueError
+    with queue.turn():
+        assert queue.status().running == 1
+    assert queue.status().running == queue.status().waiting == 0
+
+
+def test_make_serve_listens_on_this_machine_only() -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = ["make", "--dry-run", "serve", "STUDIES=a folder", "PORT=8123"]
+    shown = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert '--studies "a folder" --host 127.0.0.1 --port 8123 --uvicorn_app server.app:app' in shown
