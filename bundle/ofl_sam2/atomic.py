@@ -75,6 +75,7 @@ def _concerns(error: OSError, temporary: Path) -> bool:
 
 
 def fsync_folder(folder: Path) -> None:
+    """Make names created in or removed from a folder survive a loss of power."""
     if os.name == "nt":  # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)

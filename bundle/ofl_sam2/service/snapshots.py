@@ -25,7 +25,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from ofl_sam2.atomic import fsync_folder, atomic_path, atomic_write_text
+from ofl_sam2.atomic import atomic_path, atomic_write_text, fsync_folder
 from ofl_sam2.errors import InputError, ModelError, OFLError
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.store import INDEX, is_model, read_index, save_model

@@ -11,6 +11,7 @@ from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.training.losses import shrink_masks
 
 ENOUGH_CASES = 4
+MOST_SCORED = 16
 _CASES_PER_HELD_OUT = 8
 _BLOCK = 5
 
@@ -56,7 +57,7 @@ class HeldOut:
                 others.add(rest)
             values = tuple(v for v in segmenter.structures if v in case.known & _taught(others.cases.values()))
             if values:
-                scores += _dice(segmenter, part(case, rows), others, values)
+                scores += _dice(segmenter, part(case, _middle(case, rows)), others, values)
         return sum(scores) / len(scores) if scores else None
 
 
@@ -72,13 +73,17 @@ def _taught(cases: Iterable[PooledCase]) -> frozenset[int]:
 
 
 def _block(case: PooledCase) -> tuple[int, ...]:
-    """A run of slices, a fifth of all, in the middle of those with a structure; none where there are few slices."""
-    filled = [row for row, values in enumerate(case.present) if values]
-    size = len(case) // _BLOCK
-    if not filled or not size:
+    """A fifth of the slices of a case, in the middle of those with a structure; none where there are few."""
+    return _middle(case, range(len(case)), len(case) // _BLOCK)
+
+
+def _middle(case: PooledCase, rows: Sequence[int], count: int = MOST_SCORED) -> tuple[int, ...]:
+    """Up to `count` adjacent ones of the rows, in the middle of those with a structure."""
+    filled = [position for position, row in enumerate(rows) if case.present[row]]
+    if not filled or not count:
         return ()
-    first = min(max(filled[len(filled) // 2] - size // 2, 0), len(case) - size)
-    return tuple(range(first, first + size))
+    first = min(max(filled[len(filled) // 2] - count // 2, 0), max(0, len(rows) - count))
+    return tuple(rows[first : first + count])
 
 
 def _dice(segmenter: VolumeSegmenter, case: PooledCase, pool: SupportPool, values: tuple[int, ...]) -> list[float]:

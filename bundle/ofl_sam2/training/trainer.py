@@ -28,6 +28,8 @@ from ofl_sam2.training.processes import rank, synchronise, wait, world_size
 from ofl_sam2.training.synthetic import Dice
 
 _ENDLESS = 10**6
+_SLICES_PER_MINUTE = 160
+_MOST_ASIDE = 0.5
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class TrainingSettings:
     """How long and how to train.
 
     Attributes:
-        minutes: wall time, encoding and scoring included.
+        minutes: wall time; encoding and scoring count, but leave at least half of it to the episodes.
         epochs: limit in epochs, if given; whichever comes first. The learning rate then falls with the epochs, not with
             the time, so that a seed reproduces the result.
         steps_per_epoch: steps between two reports and checkpoints.
@@ -43,7 +45,7 @@ class TrainingSettings:
         rate: peak learning rate of AdamW; the projection P learns at `projection_rate` times it.
         projection_rate: see `rate`.
         copies: most augmented copies of each volume.
-        max_slices: bound on the slices (copies included) held in memory.
+        max_slices: bound on the slices (copies included) held in memory; short trainings make fewer copies.
         seed: of augmentation and episodes.
     """
 
@@ -130,10 +132,12 @@ def train(
     names = {case.volume.name for case in cases}
     held_out = HeldOut.choose([c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names])
     watch = Watch(encoded, cancel)
-    volumes = with_copies(segmenter, cases, held_out, settings.copies, settings.max_slices, settings.seed, watch)
+    room = min(settings.max_slices, round(_SLICES_PER_MINUTE * settings.minutes))
+    volumes = with_copies(segmenter, cases, held_out, settings.copies, room, settings.seed, watch)
     encoding, started = time.perf_counter() - started, time.perf_counter()
     dice_before = held_out.dice(segmenter)
-    run = _Training(segmenter, volumes, settings, spent=encoding + 2 * (time.perf_counter() - started))
+    aside = min(encoding + 2 * (time.perf_counter() - started), _MOST_ASIDE * 60 * settings.minutes)
+    run = _Training(segmenter, volumes, settings, spent=aside)
     if checkpoint is not None and checkpoint.is_file():
         run.resume(checkpoint)
     try:
