@@ -1,0 +1,42 @@
+"""The scores of `ofl-sam2 evaluate` as a MONAI metric: the same numbers, in mm where they are distances."""
+
+import torch
+from monai.data import MetaTensor
+from monai.metrics import CumulativeIterationMetric
+from nibabel.affines import voxel_sizes
+from torch import Tensor
+
+from ofl_sam2.errors import InputError
+from ofl_sam2.evaluation import score
+from ofl_sam2.workflow.network import FewShotNetwork
+
+
+class CaseScore(CumulativeIterationMetric):
+    """One metric of every case and structure.
+
+    Args:
+        metric: "dice", "hd95" (mm) or "surface_dice" (tolerance 1 mm).
+        network: names the structures to score.
+    """
+
+    def __init__(self, metric: str, network: FewShotNetwork) -> None:
+        super().__init__()
+        self.metric, self.network = metric, network
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None) -> Tensor:
+        """Score label maps `(B, 1, X, Y, Z)`; NaN where undefined, `(B, K)`."""
+        if not isinstance(y, MetaTensor):
+            raise InputError(f"{self.metric} needs references with a place in space: load them with LoadImaged.")
+        affine = y.affine.cpu().numpy()
+        i, j, k = voxel_sizes(affine[0] if affine.ndim == 3 else affine).tolist()
+        structures = self.network.segmenter.structures
+        rows = []
+        for prediction, reference in zip(y_pred[:, 0], y.as_tensor()[:, 0], strict=True):
+            labels = prediction.cpu().numpy(), reference.cpu().numpy()
+            scores = score(*labels, (i, j, k), structures, (self.metric,))
+            rows.append([scores[name][self.metric] for name in structures.values()])
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def aggregate(self) -> Tensor:
+        """Mean over the structures of the mean over the cases, without undefined values."""
+        return self.get_buffer().nanmean(0).nanmean()
