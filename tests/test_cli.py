@@ -657,7 +657,7 @@ def test_pretraining_writes_both_weights_and_goes_on_from_its_checkpoint(cli, tm
     assert read_learner(tmp_path / "new_learner.safetensors").fitted
     assert "Stage 'joint' begins" in result.err
     steps = int(result.out.split()[0])
-    assert steps >= 2
+    assert steps >= 1
     checkpoint = tmp_path / "new.checkpoint.pt"
     budget = torch.load(checkpoint, weights_only=True)["spent"] / 60 + 0.01
     resumed = succeed(cli("pretrain", "--output", output, "--minutes", budget, "--resume", checkpoint))

@@ -19,7 +19,7 @@ from ofl_sam2.progress import CancelToken
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.store import read_index
 from ofl_sam2.training import cohort
-from ofl_sam2.training.trainer import EpochReport
+from ofl_sam2.training.trainer import EpochReport, TrainingResult
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,7 +115,7 @@ def test_a_run_that_was_stopped_before_its_report_is_completed(output, capsys):
 
 
 def test_after_training_every_case_is_segmented_again(output, segmented, monkeypatch):
-    monkeypatch.setattr(jobs, "train", lambda *arguments: [EpochReport(1, 0.5, 1.0, 60.0)])
+    monkeypatch.setattr(jobs, "train", lambda *_: TrainingResult([EpochReport(1, 0.5, 1.0, 60.0)], 0.5, 0.6, True))
     run_demo(output, 1, False, CancelToken())
     assert segmented == ["synthetic_002", "synthetic_003"]
     assert json.loads((output / "report.json").read_text())["training_minutes"] == 1
@@ -129,7 +129,7 @@ def test_an_interrupted_training_is_taken_up_again(output, monkeypatch):
     def interrupted(segmenter, cases, settings, checkpoint, report, encoded, cancel):
         trained.append(len(cases))
         cancel.cancel()
-        return []
+        return TrainingResult([], None, None, True)
 
     monkeypatch.setattr(jobs, "train", interrupted)
     for _ in range(2):
@@ -142,7 +142,7 @@ def test_an_interrupted_training_is_taken_up_again(output, monkeypatch):
 def test_a_model_of_other_cases_is_replaced(output, monkeypatch):
     monkeypatch.setattr(demo, "SHOTS", 1)
     run_demo(output, 0, False, CancelToken())
-    assert [stored.case for stored in read_index(output / "model").pool] == ["synthetic_000"]
+    assert {stored.case for stored in read_index(output / "model").pool} == {"synthetic_000"}
     report = json.loads((output / "report.json").read_text())
     assert set(report["segmentation"]) == set(report["scores"]["cases"])
     assert len(report["segmentation"]) == 3
