@@ -49,7 +49,8 @@ def owner(features, volumes):
 def test_an_episode_lines_up_objects_supports_and_queries(nano):
     bank = EpisodeBank(nano, [pooled("a"), pooled("b", seed=1)], (1, 2), supports=4, queries=3, objects=1)
     episode = bank.draw(dice(), 5)
-    assert [len(part) for part in vars(episode).values()] == [4, 4, 4, 3, 3]
+    assert [len(part) for part in vars(episode).values()] == [4, 4, 4, 3, 3, 5]
+    assert episode.sizes == (1,) * 5
     assert {features.shape for features in episode.support_features} == {(5, 128, 4, 4)}
     assert {masks.shape for masks in (*episode.support_masks, *episode.query_masks)} == {(5, SIZE, SIZE)}
     assert {len(features) for features in episode.query_features} == {5}

@@ -144,4 +144,5 @@ def _join(episodes: Sequence[Episode]) -> Episode:
         [torch.cat(c) for c in columns("support_masks")],
         [ImageFeatures.cat(c) for c in columns("query_features")],
         [torch.cat(c) for c in columns("query_masks")],
+        tuple(len(episode.query_masks[0]) for episode in episodes),
     )

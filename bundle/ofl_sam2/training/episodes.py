@@ -23,6 +23,7 @@ class Episode:
         support_masks: of each support slice.
         query_features: of each query slice, in order.
         query_masks: of each query slice.
+        sizes: how many of the objects belong to each of the episodes that were joined into this one.
     """
 
     support_memories: Sequence[Memory]
@@ -30,6 +31,7 @@ class Episode:
     support_masks: Sequence[Tensor]
     query_features: Sequence[ImageFeatures]
     query_masks: Sequence[Tensor]
+    sizes: tuple[int, ...] = ()
 
 
 def unroll(

@@ -228,10 +228,13 @@ class _Training:
             group["lr"] = rate * group["scale"]
         episode = self.bank.draw(self.dice, self.settings.episodes)
         outputs = unroll(self.backbone, self.learner, episode)
-        pairs = zip(outputs, episode.query_masks, strict=True)
-        loss = torch.stack(
-            [segmentation_loss(decoded, masks, presence=1.0, empty=1.0) for decoded, masks in pairs]
-        ).mean()
+        parts = torch.arange(sum(episode.sizes)).split(episode.sizes)
+        losses = [
+            segmentation_loss(decoded[part], masks[part], presence=1.0, empty=1.0)
+            for decoded, masks in zip(outputs, episode.query_masks, strict=True)
+            for part in parts
+        ]
+        loss = torch.stack(losses).mean()
         self.optimizer.zero_grad()
         loss.backward()
         parameters = list(self.learner.parameters())
