@@ -4,10 +4,10 @@ import argparse
 import json
 from dataclasses import replace
 
-import numpy as np
 from support import RESULTS, data_folder, labelled, nano, rounded, score_case, write
+from support.tasks import only_slices
 
-from ofl_sam2.dataset import Case, LabelledCase, load_case
+from ofl_sam2.dataset import Case, load_case
 from ofl_sam2.overlay import Overlay, case_overlay
 from ofl_sam2.training.trainer import TrainingSettings, train
 
@@ -36,14 +36,6 @@ def main(minutes: float) -> None:
         case_overlay(RESULTS / f"sunnybrook_{target}.png", overlay, f"{target}, learned from {source} only")
     content["cine"] = {name: cine(folder, name) for name in ("SC-HF-I-1_slice05", "SC-HF-I-2_slice05")}
     write("sunnybrook", content)
-
-
-def only_slices(case: LabelledCase, slices: list[int]) -> LabelledCase:
-    """Count only the annotated slices (array index along the third axis) as labelled."""
-    stack = nano().stack(case.volume)
-    marks = np.zeros(case.volume.grid, np.uint8)
-    marks[:, :, slices] = 1
-    return replace(case, labelled_slices=tuple(i for i in range(len(stack)) if stack.slice_of(marks, i).any()))
 
 
 def cine(folder, name: str) -> dict:

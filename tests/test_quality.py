@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofl_sam2.backbone.frozen import Decoded
-from ofl_sam2.quality import confidence, volume_quality
+from ofl_sam2.quality import ExpectedDice, confidence
 
 
 def decoded(presence, iou):
@@ -25,7 +25,26 @@ def test_confidence_stays_between_0_and_1(presence, iou):
     assert 0 <= confidence(decoded([presence], [iou])).item() <= 1
 
 
-def test_the_quality_of_a_structure_counts_the_slices_that_hold_it():
-    confidences = torch.tensor([[0.9, 0.1], [0.5, 0.3], [0.1, 0.8]])
-    present = torch.tensor([[True, False], [True, False], [False, False]])
-    assert volume_quality(confidences, present).tolist() == pytest.approx([0.7, 0.4])
+def test_certain_probabilities_let_expect_a_perfect_dice_and_open_ones_a_poor_one():
+    expected = ExpectedDice(2)
+    expected.add([0, 1], torch.tensor([[[30.0, 30.0], [-30.0, -30.0]], [[0.1, 0.1], [-0.1, -0.1]]]))
+    certain, open_ = expected.quality(torch.zeros(1, 2)).tolist()
+    assert certain == pytest.approx(1)
+    assert open_ == pytest.approx(2 * 2 * 0.525 / (2 + 2), abs=0.01)
+
+
+def test_parts_of_a_volume_count_together_until_they_are_forgotten():
+    whole, parts = ExpectedDice(1), ExpectedDice(1)
+    logits = torch.randn(1, 6, 5)
+    whole.add([0], logits)
+    parts.add([0], torch.full((1, 3), 9.0))
+    parts.forget([0])
+    for part in logits.split(2, dim=1):
+        parts.add([0], part)
+    assert torch.allclose(whole.quality(torch.zeros(1, 1)), parts.quality(torch.zeros(1, 1)))
+
+
+def test_a_structure_that_was_not_drawn_has_the_confidence_of_its_absence():
+    expected = ExpectedDice(2)
+    expected.add([0, 1], torch.tensor([[-3.0], [3.0]]))
+    assert expected.quality(torch.tensor([[0.9, 0.0], [0.7, 0.0]]))[0].item() == pytest.approx(0.8)

@@ -62,7 +62,10 @@ def evaluate(segmenter: VolumeSegmenter, cases: list[LabelledCase]) -> tuple[Rep
 
 def machine() -> dict[str, Any]:
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     ).stdout.strip()
     return {
         "version": __version__,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ofl_sam2.canvas import LOGIT_LIMIT, Canvas
@@ -16,7 +15,7 @@ from ofl_sam2.looks import Viewpoint, windows
 from ofl_sam2.memory.pool import MAIN, View, describe
 from ofl_sam2.progress import Watch
 from ofl_sam2.propagation import LearnedView, Propagation, SegmentedSlice
-from ofl_sam2.quality import volume_quality
+from ofl_sam2.quality import ExpectedDice
 from ofl_sam2.volume import SliceStack, Volume
 from ofl_sam2.window import Window
 
@@ -36,6 +35,7 @@ class Drawing:
         self.grey = intensity_for(volume)
         self.main = viewpoint.stack(volume)
         self.confidence = torch.zeros(len(self.main), len(self.values))
+        self.expected = ExpectedDice(len(self.values))
 
     def run(self) -> tuple[Canvas, list[float]]:
         """The label map, and the estimated quality of each structure."""
@@ -51,8 +51,7 @@ class Drawing:
                 if (window, focus) not in before:
                     canvas.erase(focus)
                     self._look(canvas, window, focus, overview=False)
-        present = torch.stack([torch.from_numpy(self._slices_with(canvas.mask(value))) for value in self.values], 1)
-        return canvas, volume_quality(self.confidence, present).tolist()
+        return canvas, self.expected.quality(self.confidence).tolist()
 
     def _look(self, canvas: Canvas, window: Window | None, values: tuple[int, ...], overview: bool) -> None:
         """Draw structures from all views of the volume or a window, from the main one alone for an overview."""
@@ -61,11 +60,14 @@ class Drawing:
         grid = next(iter(stacks.values())).volume.grid
         if overview or len(values) * math.prod(grid) > MAX_AVERAGED:
             usable = {view: stack for view, stack in usable.items() if view.axis is None}
-        region = window.slices if window else ()
+        rows = [self.values.index(value) for value in values]
+        self.expected.forget(rows)
         if len(usable) == 1 and window is None:
             stack = usable[MAIN]
             for result in self._propagate(MAIN, stack, values):
-                canvas.paint(partial(stack.slice_of, index=result.index), self._restored(stack, result), values)
+                logits = self._restored(stack, result)
+                self.expected.add(rows, logits)
+                canvas.paint(partial(stack.slice_of, index=result.index), logits, values)
             return
         total = np.zeros((len(values), *grid), np.float32)
         for view, stack in usable.items():
@@ -73,7 +75,10 @@ class Drawing:
                 probability = self._restored(stack, result).sigmoid().numpy()
                 for row, found in zip(total, probability, strict=True):
                     stack.slice_of(row, result.index)[...] += found
-        canvas.paint(lambda array: array[region], torch.from_numpy(total).div_(len(usable)).logit_(1e-6), values)
+        logits = torch.from_numpy(total).div_(len(usable)).logit_(1e-6)
+        self.expected.add(rows, logits)
+        region = window.slices if window else ()
+        canvas.paint(lambda array: array[region], logits, values)
 
     def _propagate(
         self, view: View, stack: SliceStack, values: tuple[int, ...], offset: int = 0
@@ -100,6 +105,3 @@ class Drawing:
     @staticmethod
     def _restored(stack: SliceStack, result: SegmentedSlice) -> Tensor:
         return stack.restore(result.logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT).cpu())
-
-    def _slices_with(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        return np.array([self.main.slice_of(mask, index).any() for index in range(len(self.main))])

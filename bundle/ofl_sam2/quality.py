@@ -16,12 +16,27 @@ def confidence(decoded: Decoded) -> Tensor:
     return torch.where(decoded.presence > 0, presence * decoded.iou, 1 - presence)
 
 
-def volume_quality(confidences: Tensor, present: Tensor) -> Tensor:
-    """Quality per structure `(K,)`: mean confidence of the slices that hold it, of all slices where none does.
+class ExpectedDice:
+    """Quality of K structures: the Dice that their probabilities let expect of what is drawn.
 
-    Args:
-        confidences: `(S, K)`.
-        present: `(S, K)` bool, whether the structure was found in the slice.
+    The sum of 2 p over the voxels drawn, divided by their number plus the sum of p over all voxels. Where views agree,
+    probabilities are near 0 or 1, and this is near 1.
     """
-    counted = torch.where(present.any(0), present, torch.ones_like(present)).float()
-    return (confidences * counted).sum(0) / counted.sum(0)
+
+    def __init__(self, count: int) -> None:
+        self._agreed, self._total = torch.zeros(count), torch.zeros(count)
+
+    def forget(self, rows: list[int]) -> None:
+        """Start anew for some structures."""
+        self._agreed[rows] = self._total[rows] = 0
+
+    def add(self, rows: list[int], logits: Tensor) -> None:
+        """Count logits `(k, ...)` of some structures in a part of the volume."""
+        probability, drawn = logits.flatten(1).sigmoid(), (logits > 0).flatten(1)
+        self._agreed[rows] += 2 * (probability * drawn).sum(1)
+        self._total[rows] += drawn.sum(1) + probability.sum(1)
+
+    def quality(self, confidences: Tensor) -> Tensor:
+        """Quality `(K,)` in [0, 1]; of a structure that was not drawn the mean of its `confidences (S, K)`."""
+        drawn = self._agreed > 0
+        return torch.where(drawn, self._agreed / self._total.clamp_min(1e-6), confidences.mean(0))

@@ -23,7 +23,7 @@ def test_eight_volumes(make_server: Callable[..., Any], data_dir: Path, tmp_path
     from slicer_client import SlicerClient
 
     data = data_dir / "msd_hippocampus"
-    names = json.loads((data / "splits.json").read_text())["unit_test"][:8]
+    names = json.loads((data / "splits.json").read_text())["dev_shots"][:8]
     studies = tmp_path / "studies"
     studies.mkdir()
     for name in names:
