@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ofl_sam2.canvas import LOGIT_LIMIT, Canvas
@@ -36,6 +37,7 @@ class Drawing:
         self.main = viewpoint.stack(volume)
         self.confidence = torch.zeros(len(self.main), len(self.values))
         self.expected = ExpectedDice(len(self.values))
+        self.overview: NDArray[np.float16] | None = None
 
     def run(self) -> tuple[Canvas, list[float]]:
         """The label map, and the estimated quality of each structure."""
@@ -58,8 +60,11 @@ class Drawing:
         stacks = self.viewpoint.stacks(self.volume, self.grey, window)
         usable = {view: stack for view, stack in stacks.items() if self._can_show(view, values)}
         grid = next(iter(stacks.values())).volume.grid
-        if overview or len(values) * math.prod(grid) > MAX_AVERAGED:
+        few = len(values) * math.prod(grid) <= MAX_AVERAGED
+        if overview or not few:
             usable = {view: stack for view, stack in usable.items() if view.axis is None}
+        if overview and few:
+            self.overview = np.zeros((len(values), *grid), np.float16)
         rows = [self.values.index(value) for value in values]
         self.expected.forget(rows)
         if len(usable) == 1 and window is None:
@@ -67,6 +72,9 @@ class Drawing:
             for result in self._propagate(MAIN, stack, values):
                 logits = self._restored(stack, result)
                 self.expected.add(rows, logits)
+                if self.overview is not None:
+                    for row, found in zip(self.overview, logits.sigmoid().numpy(), strict=True):
+                        stack.slice_of(row, result.index)[...] = found
                 canvas.paint(partial(stack.slice_of, index=result.index), logits, values)
             return
         total = np.zeros((len(values), *grid), np.float32)
@@ -75,9 +83,12 @@ class Drawing:
                 probability = self._restored(stack, result).sigmoid().numpy()
                 for row, found in zip(total, probability, strict=True):
                     stack.slice_of(row, result.index)[...] += found
-        logits = torch.from_numpy(total).div_(len(usable)).logit_(1e-6)
-        self.expected.add(rows, logits)
+        total /= len(usable)
         region = window.slices if window else ()
+        if window and self.overview is not None:
+            total = (total + self.overview[rows][(slice(None), *region)]) / 2
+        logits = torch.from_numpy(total).logit_(1e-6)
+        self.expected.add(rows, logits)
         canvas.paint(lambda array: array[region], logits, values)
 
     def _propagate(
