@@ -132,7 +132,8 @@ def test_an_episode_lines_up_all_objects_of_a_batch(nano):
     with torch.no_grad():
         episode = to_episode(nano, batch)
         query = nano.encode_images(batch.query_images[1, :1, None].expand(-1, 3, -1, -1))
-    assert [len(part) for part in vars(episode).values()] == [2, 2, 2, 2, 2]
+    assert [len(part) for part in vars(episode).values()] == [2] * 6
+    assert episode.sizes == (3, 3)
     assert episode.support_masks[0].shape == (6, 64, 64)
     assert torch.equal(episode.query_masks[1][4], batch.query_masks[1, 1, 1])
     torch.testing.assert_close(episode.query_features[0].stride16[4:5], query.stride16, rtol=1e-4, atol=1e-5)

@@ -255,7 +255,8 @@ def to_episode(backbone: SAM2Backbone, batch: Episodes) -> Episode:
 
     support_features, support_masks = column(0, supports)
     memories = [backbone.remember_mask(*pair) for pair in zip(support_features, support_masks, strict=True)]
-    return Episode(memories, [f.stride16 for f in support_features], support_masks, *column(supports, images.shape[1]))
+    supported = memories, [f.stride16 for f in support_features], support_masks
+    return Episode(*supported, *column(supports, images.shape[1]), sizes=(objects,) * episodes)
 
 
 @torch.no_grad()
