@@ -5,7 +5,7 @@ import torch
 
 from ofl_sam2.backbone.frozen import ImageFeatures
 from ofl_sam2.memory.pool import MAIN, PooledCase, View
-from ofl_sam2.training.held_out import HeldOut, part
+from ofl_sam2.training.held_out import MOST_SCORED, HeldOut, _middle, part
 
 
 def pooled(name, slices=10, filled=range(3, 7), view=MAIN):
@@ -71,3 +71,12 @@ def test_the_score_is_the_dice_of_what_the_segmenter_draws(make_segmenter, make_
     score = held_out.dice(segmenter)
     assert 0 <= score <= 1
     assert score == held_out.dice(segmenter)
+
+
+def test_of_a_long_case_the_middle_of_the_structure_is_scored():
+    case = pooled("a", slices=60, filled=range(20, 50))
+    rows = _middle(case, range(60))
+    assert len(rows) == MOST_SCORED
+    assert rows == tuple(range(rows[0], rows[0] + MOST_SCORED))
+    assert set(rows) < set(range(20, 50))
+    assert _middle(pooled("b", slices=8), range(8)) == tuple(range(8))
