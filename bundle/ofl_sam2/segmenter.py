@@ -184,13 +184,15 @@ class VolumeSegmenter:
         drawing = Drawing(self, self.viewpoint, volume, Watch(progress, cancel))
         canvas, quality = drawing.run()
         voxels = [int(canvas.mask(value).sum()) for value in self.structures]
-        voxel_ml = float(abs(np.linalg.det(volume.affine[:3, :3]))) / 1000
         return Segmentation(
             canvas.labels,
             dict(self.structures),
             drawing.confidence.numpy(),
             dict(zip(self.structures.values(), quality, strict=True)),
-            {name: count * voxel_ml for name, count in zip(self.structures.values(), voxels, strict=True)},
+            {
+                name: count * drawing.main.voxel_volume_ml
+                for name, count in zip(self.structures.values(), voxels, strict=True)
+            },
             time.perf_counter() - started,
         )
 

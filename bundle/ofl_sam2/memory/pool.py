@@ -51,8 +51,8 @@ class PooledCase:
 
     @property
     def key(self) -> str:
-        """See `pool_key`."""
-        return pool_key(self.name, self.focus)
+        """Identifies it in the pool of its view, where a case may have several close-ups."""
+        return f"{self.name} {self.focus}" if self.focus else self.name
 
     @cached_property
     def known(self) -> frozenset[int]:
@@ -79,11 +79,6 @@ class PooledCase:
     def mask(self, row: int, value: int) -> Tensor:
         """Mask `(size, size)` in {0, 1} of one structure in one slice."""
         return (self.labels[row] == value).float()
-
-
-def pool_key(name: str, focus: tuple[int, ...]) -> str:
-    """Identifies a case in the pool of a view, where it may have several close-ups."""
-    return f"{name} {focus}" if focus else name
 
 
 @dataclass(frozen=True)

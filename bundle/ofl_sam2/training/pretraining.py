@@ -17,10 +17,8 @@ from torch.utils.data import DataLoader
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.backbone.configs import backbone_config
 from ofl_sam2.backbone.frozen import Decoded, ImageFeatures, SAM2Backbone
-from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.errors import InputError
 from ofl_sam2.learner.few_shot import FewShotLearner
-from ofl_sam2.learner.load import shipped_learner
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.training.episodes import Episode, unroll
 from ofl_sam2.training.losses import segmentation_loss, shrink_masks
@@ -81,14 +79,6 @@ class PretrainingState:
         torch.manual_seed(seed)
         backbone = SAM2Backbone(backbone_config("nano"))
         learner = FewShotLearner(backbone.width)
-        average = copy.deepcopy(nn.ModuleDict({"backbone": backbone, "learner": learner})).requires_grad_(False)
-        return cls(backbone, learner, average)
-
-    @classmethod
-    def shipped(cls) -> "PretrainingState":
-        """The weights this package ships, to train them further."""
-        backbone = load_backbone("nano")
-        learner = shipped_learner("nano", backbone.width)
         average = copy.deepcopy(nn.ModuleDict({"backbone": backbone, "learner": learner})).requires_grad_(False)
         return cls(backbone, learner, average)
 

@@ -99,7 +99,7 @@ class OFLSAM2Trainer(TrainTask):
             newest = snapshots.current()
             if newest is None:
                 raise InputError("Every label was taken back while the training ran; its result is not published.")
-            segmenter = load_model(newest.folder, options.device, self._workspace.cache)
+            segmenter = load_model(newest.folder, options.device, self._workspace.cache, trained.backbone)
             segmenter.learner.load_state_dict(trained.learner.state_dict())
             segmenter.solve()
             learned = {**newest.notes.get("learned", {}), **before.notes.get("learned", {})}
