@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from ofl_sam2.backbone import load
 from ofl_sam2.backbone.frozen import SAM2Backbone
+from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.service.snapshots import SnapshotStore
 from ofl_sam2.volume import Volume
 
@@ -25,6 +26,16 @@ def installed(nano: SAM2Backbone, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture
 def store(tmp_path: Path, installed: None) -> SnapshotStore:
     return SnapshotStore(tmp_path / "snapshots")
+
+
+@pytest.fixture(scope="module")
+def one(make_segmenter, make_case) -> VolumeSegmenter:
+    return make_segmenter((make_case("a"),))
+
+
+@pytest.fixture(scope="module")
+def two(make_segmenter, make_case) -> VolumeSegmenter:
+    return make_segmenter((make_case("a"), make_case("b", seed=1)))
 
 
 @pytest.fixture(scope="session")

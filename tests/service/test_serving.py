@@ -9,20 +9,9 @@ import numpy as np
 import pytest
 
 from ofl_sam2.errors import InputError, ModelError
-from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.service import serving as module
 from ofl_sam2.service.serving import Serving
 from ofl_sam2.service.snapshots import SnapshotStore
-
-
-@pytest.fixture(scope="module")
-def one(make_segmenter, make_case) -> VolumeSegmenter:
-    return make_segmenter((make_case("a"),))
-
-
-@pytest.fixture(scope="module")
-def two(make_segmenter, make_case) -> VolumeSegmenter:
-    return make_segmenter((make_case("a"), make_case("b", seed=1)))
 
 
 @pytest.fixture

@@ -12,19 +12,8 @@ import pytest
 
 from ofl_sam2.errors import InputError, ModelError, OFLError
 from ofl_sam2.learner.load import read_learner
-from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.service.snapshots import SnapshotStore
 from ofl_sam2.store import INDEX, load_model, read_index
-
-
-@pytest.fixture(scope="module")
-def one(make_segmenter, make_case) -> VolumeSegmenter:
-    return make_segmenter((make_case("a"),))
-
-
-@pytest.fixture(scope="module")
-def two(make_segmenter, make_case) -> VolumeSegmenter:
-    return make_segmenter((make_case("a"), make_case("b", seed=1)))
 
 
 def names(store: SnapshotStore) -> set[str]:
