@@ -1,19 +1,21 @@
 """From a volume to its label map: an overview of the whole, then close-ups of small structures."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from ofl_sam2.canvas import LOGIT_LIMIT, Canvas
 from ofl_sam2.intensity import intensity_for
 from ofl_sam2.looks import Viewpoint, windows
-from ofl_sam2.memory.pool import MAIN, View, describe
+from ofl_sam2.memory.pool import View, describe
 from ofl_sam2.progress import Watch
 from ofl_sam2.propagation import LearnedView, Propagation, SegmentedSlice
 from ofl_sam2.quality import ExpectedDice
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_AVERAGED = 64 << 20
 CLOSE_UPS = 2
+_EPS = 1e-6
 
 
 class Drawing:
@@ -37,7 +40,7 @@ class Drawing:
         self.main = viewpoint.stack(volume)
         self.confidence = torch.zeros(len(self.main), len(self.values))
         self.expected = ExpectedDice(len(self.values))
-        self.overview: NDArray[np.float16] | None = None
+        self.overview: Tensor | None = None
 
     def run(self) -> tuple[Canvas, list[float]]:
         """The label map, and the estimated quality of each structure."""
@@ -60,36 +63,58 @@ class Drawing:
         stacks = self.viewpoint.stacks(self.volume, self.grey, window)
         usable = {view: stack for view, stack in stacks.items() if self._can_show(view, values)}
         grid = next(iter(stacks.values())).volume.grid
-        few = len(values) * math.prod(grid) <= MAX_AVERAGED
-        if overview or not few:
-            usable = {view: stack for view, stack in usable.items() if view.axis is None}
-        if overview and few:
-            self.overview = np.zeros((len(values), *grid), np.float16)
-        rows = [self.values.index(value) for value in values]
-        self.expected.forget(rows)
-        if len(usable) == 1 and window is None:
-            stack = usable[MAIN]
-            for result in self._propagate(MAIN, stack, values):
-                logits = self._restored(stack, result)
-                self.expected.add(rows, logits)
-                if self.overview is not None:
-                    for row, found in zip(self.overview, logits.sigmoid().numpy(), strict=True):
-                        stack.slice_of(row, result.index)[...] = found
-                canvas.paint(partial(stack.slice_of, index=result.index), logits, values)
-            return
-        total = np.zeros((len(values), *grid), np.float32)
-        for view, stack in usable.items():
-            for result in self._propagate(view, stack, values, self.main.slices_before(window) if window else 0):
-                probability = self._restored(stack, result).sigmoid().numpy()
-                for row, found in zip(total, probability, strict=True):
-                    stack.slice_of(row, result.index)[...] += found
-        total /= len(usable)
         region = window.slices if window else ()
-        if window and self.overview is not None:
+        self.expected.forget([self.values.index(value) for value in values])
+        if len(values) * math.prod(grid) > MAX_AVERAGED:
+            main, stack = next((view, stack) for view, stack in usable.items() if view.axis is None)
+            for index, probability in self._probabilities(main, stack, values, window):
+                self._paint(canvas, partial(_slice_of, stack, region, index), values, probability, probability)
+            return
+        if overview:
+            usable = {view: stack for view, stack in usable.items() if view.axis is None}
+        total = torch.zeros(len(values), *grid)
+        for view, stack in usable.items():
+            for index, probability in self._probabilities(view, stack, values, window):
+                for row, found in zip(total.numpy(), probability.numpy(), strict=True):
+                    stack.slice_of(row, index)[...] += found
+        total /= len(usable)
+        if overview:
+            self.overview = total.half()
+        elif self.overview is not None:
+            rows = [self.values.index(value) for value in values]
             total = (total + self.overview[rows][(slice(None), *region)]) / 2
-        logits = torch.from_numpy(total).logit_(1e-6)
-        self.expected.add(rows, logits)
-        canvas.paint(lambda array: array[region], logits, values)
+        self._paint(canvas, itemgetter(region), values, total, self._smoothed(total))
+
+    def _probabilities(
+        self, view: View, stack: SliceStack, values: tuple[int, ...], window: Window | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Index and probabilities `(k, height, width)` of each slice."""
+        offset = self.main.slices_before(window) if window else 0
+        for result in self._propagate(view, stack, values, offset):
+            yield result.index, stack.restore(result.logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT).cpu()).sigmoid()
+
+    def _smoothed(self, probabilities: Tensor) -> Tensor:
+        """Probabilities `(k, *grid)` after a Gaussian of the same width in mm along all axes of space."""
+        spacing = np.array(self.volume.spacing[: len(self.volume.spatial_shape)])
+        sigma = np.zeros(probabilities.ndim - 1)
+        sigma[: len(spacing)] = self.segmenter.settings.smoothing * spacing.min() / spacing
+        smooth = torch.empty_like(probabilities)
+        for row, target in zip(probabilities.numpy(), smooth.numpy(), strict=True):
+            gaussian_filter(row, sigma, output=target, mode="nearest")
+        return smooth
+
+    def _paint(
+        self,
+        canvas: Canvas,
+        part: Callable[[NDArray[Any]], NDArray[Any]],
+        values: tuple[int, ...],
+        probabilities: Tensor,
+        smooth: Tensor,
+    ) -> None:
+        """Draw what is smoothly likelier than the threshold, and count what Dice the probabilities let expect of it."""
+        threshold = self.segmenter.settings.threshold
+        self.expected.add([self.values.index(value) for value in values], probabilities, smooth > threshold)
+        canvas.paint(part, smooth.logit(_EPS) - math.log(threshold / (1 - threshold)), values)
 
     def _propagate(
         self, view: View, stack: SliceStack, values: tuple[int, ...], offset: int = 0
@@ -113,6 +138,6 @@ class Drawing:
         learned = self.segmenter.view(view)
         return learned is not None and set(values) <= set(learned.values)
 
-    @staticmethod
-    def _restored(stack: SliceStack, result: SegmentedSlice) -> Tensor:
-        return stack.restore(result.logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT).cpu())
+
+def _slice_of(stack: SliceStack, region: tuple[slice, ...], index: int, array: NDArray[Any]) -> NDArray[Any]:
+    return stack.slice_of(array[region], index)

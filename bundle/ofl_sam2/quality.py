@@ -30,9 +30,9 @@ class ExpectedDice:
         """Start anew for some structures."""
         self._agreed[rows] = self._total[rows] = 0
 
-    def add(self, rows: list[int], logits: Tensor) -> None:
-        """Count logits `(k, ...)` of some structures in a part of the volume."""
-        probability, drawn = logits.flatten(1).sigmoid(), (logits > 0).flatten(1)
+    def add(self, rows: list[int], probabilities: Tensor, masks: Tensor) -> None:
+        """Count probabilities and drawn masks `(k, ...)` of some structures in a part of the volume."""
+        probability, drawn = probabilities.flatten(1), masks.flatten(1)
         self._agreed[rows] += 2 * (probability * drawn).sum(1)
         self._total[rows] += drawn.sum(1) + probability.sum(1)
 

@@ -1,0 +1,66 @@
+"""From probabilities to what is drawn."""
+
+from operator import itemgetter
+
+import numpy as np
+import pytest
+import torch
+
+from ofl_sam2.canvas import Canvas
+from ofl_sam2.drawing import Drawing
+from ofl_sam2.progress import Watch
+from ofl_sam2.volume import Volume
+
+
+@pytest.fixture
+def make_drawing(make_segmenter):
+    def build(volume, **switches):
+        segmenter = make_segmenter(**switches)
+        return Drawing(segmenter, segmenter.viewpoint, volume, Watch(None, None))
+
+    return build
+
+
+def dot(grid, at):
+    probabilities = torch.zeros(1, *grid)
+    probabilities[(0, *at)] = 1
+    return probabilities
+
+
+def width(row, spacing):
+    """Standard deviation in mm of a profile."""
+    places = np.arange(len(row)) * spacing
+    mean = (places * row).sum() / row.sum()
+    return float(np.sqrt((row * (places - mean) ** 2).sum() / row.sum()))
+
+
+def test_smoothing_is_as_wide_in_mm_along_all_axes(make_drawing):
+    volume = Volume(np.zeros((21, 21, 21), np.float32), np.diag([0.5, 0.5, 1.0, 1.0]), "a")
+    smooth = make_drawing(volume, smoothing=2.0)._smoothed(dot((21, 21, 21), (10, 10, 10)))[0].numpy()
+    assert smooth.sum() == pytest.approx(1, abs=0.01)
+    assert width(smooth.sum((1, 2)), 0.5) == pytest.approx(1, rel=0.05)
+    assert width(smooth.sum((0, 1)), 1.0) == pytest.approx(1, rel=0.05)
+
+
+def test_thick_slices_and_times_are_not_mixed(make_drawing):
+    thick = Volume(np.zeros((9, 9, 5), np.float32), np.diag([1.0, 1.0, 8.0, 1.0]), "a")
+    sequence = Volume(np.zeros((9, 9, 5, 4), np.float32), np.diag([1.0, 1.0, 8.0, 1.0]), "a")
+    frames = Volume(np.zeros((9, 9, 5), np.float32), np.eye(4), "a", frames=True)
+    for volume, at in ((thick, (4, 4, 2)), (sequence, (4, 4, 2, 1)), (frames, (4, 4, 2))):
+        smooth = make_drawing(volume)._smoothed(dot(volume.grid, at))[0].numpy()
+        others = np.delete(smooth, at[2], axis=2) if volume is not sequence else np.delete(smooth, at[3], axis=3)
+        assert others.max() < 1e-6
+        assert np.count_nonzero(smooth > 1e-3) > 4
+
+
+def test_what_is_likelier_than_the_threshold_is_drawn(make_drawing):
+    volume = Volume(np.zeros((9, 9, 5), np.float32), np.eye(4), "a")
+    probabilities = (
+        torch.rand(2, 9, 9, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 0])[:, None, None, None]
+    )
+    for threshold in (0.1, 0.4, 0.9):
+        drawing = make_drawing(volume, threshold=threshold)
+        canvas = Canvas(volume.grid, (1, 2), overlap=False, repaint=False)
+        drawing._paint(canvas, itemgetter(()), (1, 2), probabilities, probabilities)
+        assert np.array_equal(canvas.labels == 1, probabilities[0].numpy() > threshold)
+        assert not (canvas.labels == 2).any()
