@@ -98,7 +98,7 @@ def allowed(said: list[list[str]], before: dict[str, str]) -> dict[str, set[str]
 
 
 def state(root: Path) -> dict[str, str]:
-    """Start as a server does; the content of each label, the same in studies, list and journal."""
+    """Start as a server does; the content of each label, the same in studies, list and journal, and of no other."""
     sys.path.insert(0, str(APP_DIR))
     try:
         from lib.datastores.local import JournaledLocalDatastore
@@ -116,6 +116,10 @@ def state(root: Path) -> dict[str, str]:
         assert read_labels(path).grid == (24, 24, 8)
         assert store.get_label_info(image, "final")["label_info"] == [{"name": "x", "idx": 1}]
     assert {image: event.sha256 for (image, _), event in journal.latest().items()} == contents
+    journal.prune()
+    kept = {path.name for path in (root / "journal" / "blobs").iterdir()}
+    assert kept >= {journal.blob(event).name for event in journal.latest().values()}
+    assert not kept & ({event.blob for event in journal.history()} - {e.blob for e in journal.latest().values()})
     return contents
 
 

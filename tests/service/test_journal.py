@@ -36,6 +36,15 @@ def lines(journal):
     return journal._path.read_text().splitlines()
 
 
+def refuse(path, missing_ok=False):
+    if path.parent.name == "blobs":
+        raise PermissionError(13, "Permission denied")
+
+
+def contents(journal):
+    return sorted(path.read_text() for path in journal._blobs.iterdir())
+
+
 def save(journal, path, image="a", tag="final", **details):
     event = journal.record_save(image, tag, path, details)
     journal.record_written(event)
@@ -57,7 +66,7 @@ def test_another_process_reads_what_was_written(journal, label, tmp_path):
     newer = save(reader, label("two"))
     journal.record_delete("b", "final")
     assert journal.latest() == reader.latest() == {("a", "final"): newer}
-    assert journal.blob(event).read_text() == "one"
+    assert contents(journal) == ["two"]
 
 
 def test_saves_replace_failures_do_not_and_deletions_remove(journal, label):
@@ -78,6 +87,49 @@ def test_a_refused_label_is_kept_but_does_not_count(journal, label):
     assert journal.blob(refused).read_text() == "bad"
     assert journal.latest() == {first.key: first} and journal.pending() == []
     assert json.loads(lines(journal)[-1])["reason"] == "another grid"
+
+
+def test_contents_go_when_their_labels_are_replaced_given_up_or_deleted(journal, label, tmp_path):
+    save(journal, label("one"))
+    journal.record_save("a", "final", label("two"), {})
+    assert contents(journal) == ["one", "two"]
+    journal.record_failed(journal.record_save("a", "final", label("three"), {}), "disk full")
+    assert contents(journal) == ["one"]
+    save(journal, label("one"), "b")
+    save(journal, label("four"))
+    assert contents(journal) == ["four", "one"]
+    journal.record_delete("b", "final")
+    journal.record_delete("a", "final")
+    assert contents(journal) == [] and [event.image for event in journal.history()] == ["a", "b", "a"]
+    assert LabelJournal(tmp_path / "journal").latest() == {}
+
+
+def test_content_of_a_refused_label_goes_with_the_next_one_that_is_taken(journal, label):
+    save(journal, label("one"))
+    journal.record_refused("a", "final", label("bad"), {}, "another grid")
+    save(journal, label("else"), "b")
+    assert contents(journal) == ["bad", "else", "one"]
+    save(journal, label("two"))
+    assert contents(journal) == ["else", "two"]
+
+
+def test_content_that_cannot_be_removed_is_removed_later(journal, label, tmp_path, monkeypatch, caplog):
+    save(journal, label("one"))
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", refuse)
+        save(journal, label("two"))
+    assert contents(journal) == ["one", "two"] and "stays for now" in caplog.text
+    LabelJournal(tmp_path / "journal").prune()
+    assert contents(journal) == ["two"]
+
+
+def test_folders_of_masks_are_pruned_too(journal, tmp_path, label):
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    (folder / "1.png").write_text("1")
+    save(journal, folder)
+    save(journal, label("two"))
+    assert contents(journal) == ["two"]
 
 
 @pytest.mark.parametrize("cut", [1, 7, 60])

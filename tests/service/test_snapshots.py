@@ -107,6 +107,19 @@ def test_old_snapshots_are_removed_and_their_readers_do_not_notice(tmp_path, ins
     np.testing.assert_array_equal(reader.segment(query).labels, before)
 
 
+def test_an_old_snapshot_can_be_removed_but_neither_the_current_nor_the_newest(store, one, two):
+    for segmenter in (one, two, one):
+        store.publish(segmenter, {})
+    store.rollback(1)
+    for version, message in ((1, "current"), (3, "newest"), (9, "no snapshot 9")):
+        with pytest.raises(InputError, match=message):
+            store.remove(version)
+    store.remove(2)
+    assert [snapshot.version for snapshot in store.list()] == [1, 3]
+    assert not [path for path in store.folder.glob(".*") if path.is_dir()]
+    assert store.publish(two, {}).version == 4
+
+
 def test_at_least_one_snapshot_is_kept(tmp_path):
     with pytest.raises(InputError, match="Keep at least one"):
         SnapshotStore(tmp_path, keep=0)

@@ -39,6 +39,25 @@ def snapshots(user: AnyUser) -> list[dict[str, Any]]:
     return [{**describe(snapshot), "current": snapshot == current} for snapshot in app().snapshots.list()]
 
 
+@router.delete(
+    "/snapshots/{version}",
+    summary="Remove an old state, and with it the features of labels that were deleted since",
+    responses={400: {"description": "It is the current or the newest one"}, 404: {"description": "No such snapshot"}},
+)
+def remove_snapshot(user: Admin, version: int) -> dict[str, Any]:
+    """The current one stays because it segments, the newest one because its number must not be given again."""
+    _require_version(version)
+    app().snapshots.remove(version)
+    return {"version": version, "removed": True}
+
+
+def _require_version(version: int) -> None:
+    kept = [snapshot.version for snapshot in app().snapshots.list()]
+    if version not in kept:
+        known = ", ".join(map(str, kept)) or "none"
+        raise HTTPException(404, f"There is no snapshot {version}. The kept ones are: {known}.")
+
+
 def describe(snapshot: Snapshot) -> dict[str, Any]:
     """A snapshot as plain values for JSON."""
     return {"version": snapshot.version, "created": snapshot.created, "notes": snapshot.notes}
@@ -47,9 +66,7 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
 @router.post("/snapshots/{version}/rollback", summary="Segment with an older state again")
 def rollback(user: Admin, version: int) -> dict[str, Any]:
     """Labels stay; the next saved label is learned on top of the older state."""
-    known = [snapshot.version for snapshot in app().snapshots.list()]
-    if version not in known:
-        raise HTTPException(404, f"There is no snapshot {version}. The kept ones are: {known or 'none'}.")
+    _require_version(version)
     return {"version": app().snapshots.rollback(version).version}
 
 

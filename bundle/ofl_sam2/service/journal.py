@@ -1,8 +1,9 @@
-"""Every label ever saved: an append-only journal and the content of each label, so that no crash loses one.
+"""Who saved which label when, and the content of the labels there are, so that no crash loses one.
 
 A label is saved in two steps. `record_save` stores its content as a blob and the intent as a line; the caller then puts
 the label where it belongs and says so with `record_written`. A save without that is `pending`: it can be completed from
-its blob. Each line is on disk before the call returns. Any number of processes may read; those that write take turns.
+its blob. Each line is on disk before the call returns. Lines stay for ever; a blob goes once a line on disk says that
+its label was replaced, deleted or given up. Any number of processes may read; those that write take turns.
 """
 
 import errno
@@ -12,7 +13,9 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import threading
+from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -109,19 +112,17 @@ class LabelJournal:
             OFLError: it cannot be written; the journal is as before.
         """
         check_label_file(source)
-        event = self._store(image, tag, source, details)
-        self._append({"event": "save", **vars(event)})
-        return event
+        return self._record("save", image, tag, source, details)
 
     def record_refused(self, image: str, tag: str, source: Path, details: dict[str, Any], reason: str) -> LabelEvent:
         """Keep the content of a label that is not taken, and why; the label saved before stays the latest.
 
+        The content is kept until another label of the same image and tag is written or deleted.
+
         Raises:
             InputError, OFLError: as `record_save`.
         """
-        event = self._store(image, tag, source, details)
-        self._append({"event": "refused", **vars(event), "reason": reason})
-        return event
+        return self._record("refused", image, tag, source, details, reason=reason)
 
     def record_written(self, event: LabelEvent) -> None:
         """Note that the label of a save is in its place: it is the latest from now on."""
@@ -148,7 +149,7 @@ class LabelJournal:
             return list(self._pending.values())
 
     def history(self) -> list[LabelEvent]:
-        """Every label that was ever written or refused, oldest first."""
+        """Every label that was ever written or refused, oldest first; most have no blob any more."""
         with self._guard:
             self._read_new()
             return list(self._history)
@@ -166,6 +167,29 @@ class LabelJournal:
             )
         return path
 
+    def prune(self) -> None:
+        """Remove the blobs of labels that were replaced, deleted or given up; one that resists is tried again."""
+        with self._guard, self._file_lock:
+            self._read_new()
+            needed = {event.blob for event in (*self._latest.values(), *self._pending.values())}
+            needed |= {event.blob for refused in self._refused.values() for event in refused}
+            for path in (self._blobs / blob for blob in self._obsolete - needed):
+                try:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                except OSError as error:
+                    logger.warning("%s, a label that was replaced or deleted, stays for now: %s", path, error)
+                    needed.add(path.name)
+            self._obsolete &= needed
+
+    def _record(
+        self, kind: str, image: str, tag: str, source: Path, details: dict[str, Any], **more: str
+    ) -> LabelEvent:
+        """Store a label and append a line about it, while nobody removes blobs."""
+        with self._guard, self._file_lock:
+            event = self._store(image, tag, source, details)
+            self._append({"event": kind, **vars(event), **more})
+        return event
+
     def _store(self, image: str, tag: str, source: Path, details: dict[str, Any]) -> LabelEvent:
         ext = "" if source.is_dir() else image_suffix(source)
         event = LabelEvent(secrets.token_hex(8), image, tag, content_sha256(source), ext, _now(), details)
@@ -180,7 +204,7 @@ class LabelJournal:
             self._read_new()
             with self._path.open("r+b", buffering=0) as file:
                 _write_at(file, self._end, content)
-            self._read_new()
+            self.prune()
 
     def _read_new(self) -> None:
         """Take in the whole lines that were added since, by this process or another."""
@@ -204,26 +228,36 @@ class LabelJournal:
         self._end = 0
         self._latest: dict[Key, LabelEvent] = {}
         self._pending: dict[Key, LabelEvent] = {}
+        self._refused: defaultdict[Key, list[LabelEvent]] = defaultdict(list)
+        self._obsolete: set[str] = set()
         self._history: list[LabelEvent] = []
 
     def _apply(self, line: dict[str, Any]) -> None:
         kind = line.pop("event")
         if kind == "save":
             event = LabelEvent(**line)
-            self._pending.pop(event.key, None)
+            self._drop(self._pending.pop(event.key, None))
             self._pending[event.key] = event
         elif kind == "delete":
-            self._latest.pop((line["image"], line["tag"]), None)
-            self._pending.pop((line["image"], line["tag"]), None)
+            key = line["image"], line["tag"]
+            self._drop(self._latest.pop(key, None), self._pending.pop(key, None), *self._refused.pop(key, ()))
         elif kind in ("written", "failed"):
             for event in [event for event in self._pending.values() if event.id == line["id"]]:
                 del self._pending[event.key]
                 if kind == "written":
+                    self._drop(self._latest.get(event.key), *self._refused.pop(event.key, ()))
                     self._latest[event.key] = event
                     self._history.append(event)
+                else:
+                    self._drop(event)
         elif kind == "refused":
             del line["reason"]
-            self._history.append(LabelEvent(**line))
+            event = LabelEvent(**line)
+            self._refused[event.key].append(event)
+            self._history.append(event)
+
+    def _drop(self, *events: LabelEvent | None) -> None:
+        self._obsolete |= {event.blob for event in events if event is not None}
 
 
 def check_image_id(image: str) -> None:

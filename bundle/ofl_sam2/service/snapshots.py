@@ -158,6 +158,21 @@ class SnapshotStore:
             (self.folder / _CURRENT).unlink(missing_ok=True)
             fsync_folder(self.folder)
 
+    def remove(self, version: int) -> None:
+        """Remove a snapshot, and with it the features of labels that were deleted since.
+
+        Raises:
+            InputError: no such snapshot; or the current or the newest one, whose number must not be given again.
+            OFLError: the folder cannot be written.
+        """
+        with self.lock(), self._writing():
+            self._known(version)
+            if version in (self._current_version(), max(self._versions())):
+                raise InputError(f"Snapshot {version} is the current or the newest one, which stays.")
+            os.rename(self._path(version), self._discarded(version))
+            fsync_folder(self.folder)
+            self._sweep()
+
     def export(self, version: int, target: Path, with_pool: bool = False) -> None:
         """Write a snapshot into a zip file, by default without anything that comes from a patient.
 
@@ -196,6 +211,9 @@ class SnapshotStore:
     def _path(self, version: int) -> Path:
         return self.folder / f"{version:06d}"
 
+    def _discarded(self, version: int) -> Path:
+        return self.folder / f".removed-{version:06d}-{secrets.token_hex(4)}"
+
     def _versions(self) -> tuple[int, ...]:
         if not self.folder.is_dir():
             return ()
@@ -227,7 +245,7 @@ class SnapshotStore:
     def _prune(self) -> None:
         for version in self._versions()[: -self.keep]:
             with suppress(OSError):  # mapped by a reader on Windows
-                os.rename(self._path(version), self.folder / f".removed-{version:06d}-{secrets.token_hex(4)}")
+                os.rename(self._path(version), self._discarded(version))
         self._sweep()
 
     def _sweep(self) -> None:
