@@ -26,10 +26,10 @@ export OFL_SAM2_DATA
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test campaign lint bench bundle clean
+.PHONY: help setup demo serve test e2e campaign lint bench bundle clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## Create .venv with every dependency and this package (about 3 minutes; then instant)
 
@@ -38,11 +38,15 @@ demo: $(STAMP) ## Learn from a few labelled volumes, segment the rest, write a r
 
 serve: $(STAMP) ## Start the annotation server for 3D Slicer and OHIF: make serve STUDIES=path/to/images
 	@test -n "$(STUDIES)" || { echo "Which images? Run: make serve STUDIES=/path/to/images" >&2; exit 1; }
+	@case "$(STUDIES)" in http*://*) ;; *) test -d "$(STUDIES)" || { echo "$(STUDIES) is no folder." >&2; exit 1; };; esac
 	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/apps/ofl_sam2" $(BIN)/python -m monailabel.main start_server \
 		--app apps/ofl_sam2 --studies "$(STUDIES)" --host 127.0.0.1 --port $(PORT) --uvicorn_app server.app:app $(ARGS)
 
 test: $(STAMP) ## Run the test suite, doctests included
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+e2e: $(STAMP) ## Drive OHIF in Chromium on Orthanc (minutes; on Debian as root, installs what is missing)
+	@tools/e2e.sh $(BIN)/python -m pytest -m e2e tests/e2e $(ARGS)
 
 campaign: $(STAMP) ## Run the long tests: crash campaigns, load, real data (minutes to hours)
 	@$(BIN)/python -m pytest -m campaign $(ARGS)
