@@ -15,6 +15,7 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from ofl_sam2.dicom import read_headers
 from ofl_sam2.errors import InputError
 from ofl_sam2.files import case_name, read_labels, read_volume, write_labels
 from ofl_sam2.volume import Volume
@@ -436,6 +437,12 @@ def test_dicom_series_is_sorted_and_rescaled(tmp_path):
     np.testing.assert_array_equal(volume.voxels, slices + 10 * columns + rows - 1000)
     np.testing.assert_allclose(volume.affine, [[-0.8, 0, 0, 10], [0, -0.5, 0, -20], [0, 0, 2, 0], [0, 0, 0, 1]])
     assert volume.name == "series"
+
+
+def test_headers_are_those_of_the_slices_in_their_order(tmp_path):
+    save_series(tmp_path, positions=np.arange(9.0), series="2", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    headers = read_headers(save_series(tmp_path / "series").parent)
+    assert [header.ImagePositionPatient[2] for header in headers] == [0, 2, 4, 6]
 
 
 def test_dicom_with_a_fractional_slope_is_float32(tmp_path):

@@ -34,13 +34,27 @@ def read_series(folder: Path) -> Volume:
         InputError: no series, two series of the same size, missing or repeated slices, uneven geometry, or pixels
             that cannot be decoded.
     """
+    series, affine = _stack(folder)
+    return Volume(_read_pixels(folder, series), affine, folder.name, path=folder)
+
+
+def read_headers(folder: Path) -> list[FileDataset]:
+    """Headers of the series that `read_series` reads, in the order of its slices.
+
+    Raises:
+        InputError: as `read_series`, but for the pixels.
+    """
+    return _stack(folder)[0]
+
+
+def _stack(folder: Path) -> tuple[list[FileDataset], NDArray[np.float64]]:
+    """Headers in the order of the slices, and voxel -> RAS mm."""
     series = _largest_series(folder)
     first = series[0]
     _check_single_geometry(folder, series)
     along = np.cross(first.ImageOrientationPatient[:3], first.ImageOrientationPatient[3:])
     series.sort(key=lambda header: float(np.dot(along, header.ImagePositionPatient)))
-    affine = LPS_TO_RAS @ _lps_affine(folder, series, along)
-    return Volume(_read_pixels(folder, series), affine, folder.name, path=folder)
+    return series, LPS_TO_RAS @ _lps_affine(folder, series, along)
 
 
 def _largest_series(folder: Path) -> list[FileDataset]:

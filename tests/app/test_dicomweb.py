@@ -11,31 +11,40 @@ import numpy as np
 import pydicom
 import pytest
 import requests
-from lib.datastores import dicomweb
+from lib.datastores.archive import Archive, ArchiveError
+from lib.datastores.copies import SeriesCopies
 from lib.datastores.dicomweb import JournaledDICOMWebDatastore, connect
-from lib.datastores.segmentation import read_segmentation, write_segmentation
+from lib.datastores.segmentation import Prediction, read_segmentation
+from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.exception import ImageNotFoundException
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
+
+sys.path.append(str(Path(__file__).parent))
+from dicom_series import make_series
 
 from ofl_sam2.errors import InputError, OFLError
 from ofl_sam2.files import read_labels, read_volume, write_labels
 from ofl_sam2.service.journal import LabelJournal
 
 FINAL = "final"
-INFO = [{"name": "liver", "idx": 2}, {"name": "unused", "idx": 3}, {"name": "spleen", "idx": 5}]
+NAMES = {2: "liver", 3: "unused", 5: "spleen"}
+INFO = [{"name": name, "idx": value} for value, name in NAMES.items()]
 
 
 class Server:
-    """What of a DICOMweb client the datastore uses, on a list of instances."""
+    """What of a DICOMweb client the archive uses, on a list of instances; `page` limits the results of a search."""
 
     base_url = "http://dicomweb.test"
 
-    def __init__(self, instances):
-        self.instances = list(instances)
+    def __init__(self, instances, page=1000):
+        self.instances, self.page = list(instances), page
         self.offline = False
         self.calls = []
+
+    def set_http_retry_params(self, retry):
+        assert not retry
 
     def _matching(self, call, **wanted):
         self.calls.append(call)
@@ -43,15 +52,22 @@ class Server:
             raise requests.ConnectionError("no route to host")
         return [i for i in self.instances if all(i.get(name) == value for name, value in wanted.items())]
 
-    def search_for_series(self, search_filters):
-        by_series = {i.SeriesInstanceUID: i for i in self._matching("search", **search_filters)}
-        return [_header(i, "StudyInstanceUID", "SeriesInstanceUID", "Modality") for i in by_series.values()]
+    def search_for_series(self, limit, offset, search_filters):
+        by_series = {}
+        for instance in self._matching("search", **search_filters):
+            by_series.setdefault(instance.SeriesInstanceUID, []).append(instance)
+        names = ("StudyInstanceUID", "SeriesInstanceUID", "Modality", "NumberOfSeriesRelatedInstances")
+        found = list(by_series.values())[offset : offset + min(limit, self.page)]
+        for instances in found:
+            instances[0].NumberOfSeriesRelatedInstances = len(instances)
+        return [_header(instances[0], *names) for instances in found]
 
-    def retrieve_series(self, study, series):
-        return self._matching("retrieve", StudyInstanceUID=study, SeriesInstanceUID=series)
+    def iter_series(self, study, series, media_types):
+        assert media_types == (("application/dicom", "*"),)
+        yield from self._matching("retrieve", StudyInstanceUID=study, SeriesInstanceUID=series)
 
     def retrieve_series_metadata(self, study, series):
-        names = ("ReferencedSeriesSequence", "ContentDate", "ContentTime")
+        names = ("ReferencedSeriesSequence", "ContentDate", "ContentTime", "Manufacturer", "ContentLabel")
         return [_header(i, *names) for i in self._matching("metadata", SeriesInstanceUID=series)]
 
     def store_instances(self, datasets):
@@ -71,41 +87,6 @@ def _header(instance, *names):
     return header.to_json_dict()
 
 
-def series(modality="CT", slices=6, seed=0):
-    """An oblique series of 12 x 10 pixels, its instances in a random order."""
-    rotation = np.linalg.qr(np.random.default_rng(7).normal(size=(3, 3)))[0]
-    row, column, normal = rotation[0], rotation[1], np.cross(rotation[0], rotation[1])
-    study, uid, frame = generate_uid(), generate_uid(), generate_uid()
-    instances = []
-    for index in range(slices):
-        meta = FileMetaDataset()
-        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
-        meta.MediaStorageSOPInstanceUID = generate_uid()
-        instance = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
-        instance.is_little_endian, instance.is_implicit_VR = True, False
-        instance.SOPClassUID, instance.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-        instance.StudyInstanceUID, instance.SeriesInstanceUID, instance.FrameOfReferenceUID = study, uid, frame
-        instance.Modality, instance.PatientID, instance.PatientName = modality, "patient", "Test^Patient"
-        instance.PatientBirthDate, instance.PatientSex, instance.AccessionNumber = "19700101", "O", "1"
-        instance.StudyDate, instance.StudyTime, instance.StudyID = "20200101", "101010", "1"
-        instance.SeriesNumber, instance.InstanceNumber = 1, index + 1
-        instance.Rows, instance.Columns, instance.PixelSpacing = 10, 12, [0.7, 0.9]
-        instance.SliceThickness = 2.5
-        instance.ImageOrientationPatient = [round(float(value), 10) for value in (*row, *column)]
-        instance.ImagePositionPatient = [
-            round(float(value), 8) for value in 50 * row - 30 * column + 2.5 * index * normal
-        ]
-        instance.SamplesPerPixel, instance.PhotometricInterpretation = 1, "MONOCHROME2"
-        instance.BitsAllocated = instance.BitsStored = 16
-        instance.HighBit, instance.PixelRepresentation = 15, 1
-        instance.RescaleSlope, instance.RescaleIntercept = 1, -1000
-        pixels = np.random.default_rng(seed + index).integers(0, 2000, (10, 12), np.int16)
-        instance.PixelData = pixels.tobytes()
-        instances.append(instance)
-    np.random.default_rng(seed).shuffle(instances)
-    return instances
-
-
 def drawn(image: Path) -> np.ndarray:
     """Labels 2 and 5 that touch neither the first nor the last slice."""
     labels = np.zeros(read_volume(image).grid, np.uint8)
@@ -115,14 +96,9 @@ def drawn(image: Path) -> np.ndarray:
     return labels
 
 
-@pytest.fixture(autouse=True)
-def tools_on_path(monkeypatch):
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
-
-
 @pytest.fixture
 def server():
-    return Server([*series(), *series("MR", seed=10), *series("XA", seed=20)])
+    return Server([*make_series(), *make_series("MR", seed=10), *make_series("XA", seed=20)])
 
 
 @pytest.fixture
@@ -130,7 +106,9 @@ def start(server, tmp_path):
     stores = []
 
     def build(reconcile=True, **options):
-        store = JournaledDICOMWebDatastore(server, tmp_path / "cache", LabelJournal(tmp_path / "journal"), **options)
+        store = JournaledDICOMWebDatastore(
+            Archive(server), tmp_path / "cache", LabelJournal(tmp_path / "journal"), **options
+        )
         store.told = []
         store.on_label = lambda image_id, event: store.told.append((image_id, event.sha256))
         if reconcile:
@@ -176,7 +154,7 @@ def test_the_list_is_asked_for_again_after_a_while(server, start):
     count = len(server.calls)
     store.list_images()
     assert len(server.calls) == count
-    server.instances += series("US", seed=30)
+    server.instances += make_series("US", seed=30)
     time.sleep(0.25)
     assert len(store.list_images()) == 3
 
@@ -202,13 +180,13 @@ def test_a_copy_that_was_broken_off_is_made_again(server, start, monkeypatch):
     store = start()
     uid = store.list_images()[0]
 
-    def broken(study, series):
+    def broken(study, series, media_types):
         yield server.instances[0]
         raise requests.ConnectionError("reset by peer")
 
     with monkeypatch.context() as patch:
-        patch.setattr(server, "retrieve_series", broken)
-        with pytest.raises(requests.ConnectionError):
+        patch.setattr(server, "iter_series", broken)
+        with pytest.raises(ArchiveError, match="does not answer"):
             store.get_image_uri(uid)
     assert read_volume(store.get_image_uri(uid)).grid == (12, 10, 6)
 
@@ -221,7 +199,7 @@ def test_a_final_label_goes_to_the_server_and_comes_back_voxel_for_voxel(server,
     event = store._journal.latest()[uid, FINAL]
     (stored,) = server.segmentations()
     assert stored.SeriesInstanceUID == event.details["SeriesInstanceUID"]
-    assert [segment.SegmentLabel for segment in stored.SegmentSequence] == ["liver", "spleen"]
+    assert [segment.SegmentLabel for segment in stored.SegmentSequence] == ["liver", "unused", "spleen"]
     assert store.get_labeled_images() == [uid] and store.told == [(uid, event.sha256)]
 
     shutil.rmtree(tmp_path / "cache")
@@ -229,9 +207,11 @@ def test_a_final_label_goes_to_the_server_and_comes_back_voxel_for_voxel(server,
     other = start()
     image = Path(other.get_image_uri(uid))
     label = read_labels(other.get_label_uri(uid, FINAL))
-    np.testing.assert_array_equal(label.voxels, np.array([0, 0, 1, 0, 0, 2])[drawn(image)])
+    np.testing.assert_array_equal(label.voxels, np.array([0, 0, 1, 0, 0, 3])[drawn(image)])
     np.testing.assert_array_equal(label.affine, read_volume(image).affine)
-    assert other.get_label_info(uid, FINAL)["label_info"] == [{"name": "liver", "idx": 1}, {"name": "spleen", "idx": 2}]
+    assert other.get_label_info(uid, FINAL)["label_info"] == [
+        {"name": name, "idx": idx} for idx, name in enumerate(("liver", "unused", "spleen"), start=1)
+    ]
     assert len(other.told) == 1 and len(server.segmentations()) == 1
     assert start().told == []
 
@@ -246,10 +226,9 @@ def test_other_tags_stay_here(server, start, upload):
 def test_segmentations_of_others_are_taken_in_once_and_the_newest_counts(server, start, upload, tmp_path):
     store = start()
     uid = store.list_images()[0]
-    folder = Path(store.get_image_uri(uid)).parent / uid
     label = Path(upload(store, uid))
-    older = write_segmentation(label, folder, INFO, generate_uid())
-    newer = write_segmentation(label, folder, [{"name": "kidney", "idx": 2}], generate_uid())
+    older = store.segmentation(uid, label, NAMES)
+    newer = store.segmentation(uid, label, {2: "kidney"})
     older.ContentDate, newer.ContentDate = "20200101", "20210101"
     server.instances += [newer, older]
     store.refresh()
@@ -264,8 +243,7 @@ def test_segmentations_of_others_are_taken_in_once_and_the_newest_counts(server,
 def test_a_segmentation_in_another_grid_is_refused_once(server, start, upload, caplog):
     store = start()
     first, _ = store.list_images()
-    folder = Path(store.get_image_uri(first)).parent / first
-    wrong = write_segmentation(Path(upload(store, first)), folder, INFO, generate_uid())
+    wrong = store.segmentation(first, Path(upload(store, first)), NAMES)
     for frame in wrong.PerFrameFunctionalGroupsSequence:
         position = frame.PlanePositionSequence[0].ImagePositionPatient
         frame.PlanePositionSequence[0].ImagePositionPatient = [float(value) + 40 for value in position]
@@ -276,13 +254,6 @@ def test_a_segmentation_in_another_grid_is_refused_once(server, start, upload, c
     assert start().told == []
 
 
-def test_a_damaged_segmentation_is_an_input_error(tmp_path):
-    (tmp_path / "seg.dcm").write_bytes(bytes(200))
-    nib.save(nib.Nifti1Image(np.zeros((2, 2, 2)), np.eye(4)), tmp_path / "image.nii")
-    with pytest.raises(InputError, match="cannot be read as a label"):
-        read_segmentation(tmp_path / "seg.dcm", tmp_path / "image.nii", tmp_path / "label.nii.gz")
-
-
 def test_an_unreachable_server_keeps_the_label_before(server, start, upload):
     store = start()
     uid = store.list_images()[0]
@@ -290,7 +261,7 @@ def test_an_unreachable_server_keeps_the_label_before(server, start, upload):
     store.save_label(uid, first, FINAL, {"label_info": INFO})
     latest = store._journal.latest()
     server.offline = True
-    with pytest.raises(requests.ConnectionError):
+    with pytest.raises(ArchiveError, match="does not answer"):
         store.save_label(uid, first, FINAL, {"label_info": INFO})
     assert store._journal.latest() == latest and store._journal.pending() == []
     again = start()
@@ -313,9 +284,9 @@ def test_a_refusal_of_the_server_is_said(server, start, upload, monkeypatch):
 def test_a_label_that_cannot_be_a_segmentation_is_said(server, start, tmp_path):
     store = start()
     uid = store.list_images()[0]
-    nib.save(nib.Nifti1Image(np.zeros((3, 3, 3), np.uint8), np.eye(4)), tmp_path / "empty.nii.gz")
-    with pytest.raises(OFLError, match="cannot be converted to DICOM SEG"):
-        store.save_label(uid, str(tmp_path / "empty.nii.gz"), FINAL, {})
+    nib.save(nib.Nifti1Image(np.ones((3, 3, 3), np.uint8), np.eye(4)), tmp_path / "other.nii.gz")
+    with pytest.raises(InputError, match="Resample the label"):
+        store.save_label(uid, str(tmp_path / "other.nii.gz"), FINAL, {})
     assert store.get_labeled_images() == [] and server.segmentations() == []
 
 
@@ -333,7 +304,7 @@ def test_a_save_that_was_journaled_only_reaches_the_server_at_the_next_start(ser
 
 
 def test_a_label_that_is_just_being_stored_is_not_taken_in_as_that_of_another(server, start, upload, monkeypatch):
-    store = start()
+    store = start(expiry_s=600)
     uid = store.list_images()[0]
     refreshing = threading.Thread(target=store.refresh)
 
@@ -341,7 +312,9 @@ def test_a_label_that_is_just_being_stored_is_not_taken_in_as_that_of_another(se
         server.instances += datasets
         asked = len(server.calls)
         refreshing.start()
-        while "metadata" not in server.calls[asked:]:
+        limit = time.monotonic() + 60
+        while server.calls[asked:].count("search") < 2:
+            assert time.monotonic() < limit, "nothing was searched for"
             time.sleep(0.01)
         return Dataset()
 
@@ -354,11 +327,11 @@ def test_a_label_that_is_just_being_stored_is_not_taken_in_as_that_of_another(se
 def test_segmentations_that_are_no_label_of_an_image_here_are_passed_over(server, start, upload):
     store = start()
     uid = store.list_images()[0]
-    folder = Path(store.get_image_uri(uid)).parent / uid
-    stranger, lost = (write_segmentation(Path(upload(store, uid)), folder, INFO, generate_uid()) for _ in range(2))
+    label = Path(upload(store, uid))
+    stranger, lost = (store.segmentation(uid, label, NAMES) for _ in range(2))
     stranger.ReferencedSeriesSequence[0].SeriesInstanceUID = "1.2.3"
     del lost.ReferencedSeriesSequence
-    several = [write_segmentation(Path(upload(store, uid)), folder, INFO, "1.2.4") for _ in range(2)]
+    several = [store.segmentation(uid, label, NAMES, uid="1.2.4") for _ in range(2)]
     server.instances += [stranger, lost, *several]
     store.refresh()
     (refused,) = store._journal.history()
@@ -378,9 +351,8 @@ def test_unknown_images_and_uploads_of_images_are_refused(start, upload, tmp_pat
 def test_labels_of_others_are_seen_while_the_server_runs(server, start, upload):
     store = start()
     uid = store.list_images()[0]
-    folder = Path(store.get_image_uri(uid)).parent / uid
     store.watch(period_s=0.1)
-    server.instances.append(write_segmentation(Path(upload(store, uid)), folder, INFO, generate_uid()))
+    server.instances.append(store.segmentation(uid, Path(upload(store, uid)), NAMES))
     limit = time.monotonic() + 60
     while not store.told:
         assert time.monotonic() < limit, "nothing happened"
@@ -391,7 +363,7 @@ def test_labels_of_others_are_seen_while_the_server_runs(server, start, upload):
 def test_the_real_series_goes_there_and_back(data_dir, tmp_path):
     files = sorted((data_dir / "dicom_lidc_0314_ct" / "dicom" / "CT").iterdir())[:8]
     server = Server(pydicom.dcmread(path) for path in files)
-    store = JournaledDICOMWebDatastore(server, tmp_path / "cache", LabelJournal(tmp_path / "journal"))
+    store = JournaledDICOMWebDatastore(Archive(server), tmp_path / "cache", LabelJournal(tmp_path / "journal"))
     (uid,) = store.list_images()
     image = read_volume(store.get_image_uri(uid))
     bone = (image.voxels > 200).astype(np.uint8)
@@ -405,12 +377,151 @@ def test_the_real_series_goes_there_and_back(data_dir, tmp_path):
 
 
 def test_connect_takes_the_settings(monkeypatch, tmp_path):
-    monkeypatch.setattr(dicomweb.settings, "MONAI_LABEL_QIDO_PREFIX", "qido")
+    monkeypatch.setattr(settings, "MONAI_LABEL_QIDO_PREFIX", "qido")
+    monkeypatch.setattr(settings, "MONAI_LABEL_DICOMWEB_USERNAME", "alice")
+    monkeypatch.setattr(settings, "MONAI_LABEL_DICOMWEB_PASSWORD", "secret")
     journal = LabelJournal(tmp_path / "journal")
     store = connect("http://127.0.0.1:9/dicom-web/", tmp_path / "cache", journal)
     assert store.name() == "http://127.0.0.1:9/dicom-web"
-    assert store._client.qido_url_prefix == "qido"
+    client = store._archive._client
+    assert client.qido_url_prefix == "qido" and client._session.auth == ("alice", "secret")
     assert [wanted["Modality"] for wanted in store._filters] == ["CT", "MR", "US"]
     monkeypatch.setenv("MONAI_LABEL_DICOMWEB_SEARCH_FILTER", '{"Modality": "PT"}')
-    monkeypatch.setattr(dicomweb.settings, "MONAI_LABEL_DICOMWEB_SEARCH_FILTER", {"Modality": "PT"})
+    monkeypatch.setattr(settings, "MONAI_LABEL_DICOMWEB_SEARCH_FILTER", {"Modality": "PT"})
     assert connect("http://127.0.0.1:9", tmp_path / "cache", journal)._filters == [{"Modality": "PT"}]
+
+
+def test_all_pages_of_a_server_that_limits_its_answers_are_listed(server, start):
+    server.page = 1
+    assert len(start().list_images()) == 2
+
+
+def test_a_server_that_knows_no_pages_is_asked_twice(server, start, monkeypatch):
+    pages = server.search_for_series
+    monkeypatch.setattr(server, "search_for_series", lambda limit, offset, **wanted: pages(limit, 0, **wanted))
+    assert len(start(reconcile=False).list_images()) == 2
+
+
+def test_a_series_that_was_still_arriving_is_copied_again(server, start):
+    store, everything = start(expiry_s=0), server.instances
+    uid = store.list_images()[0]
+    for count in (3, 6):
+        server.instances = [instance for instance in everything if instance.InstanceNumber <= count]
+        store.list_images()
+        assert read_volume(store.get_image_uri(uid)).grid[2] == count
+
+
+def test_a_series_that_is_no_volume_is_refused_in_words_and_not_handed_out(server, start):
+    single, localiser = make_series(slices=1), make_series(slices=2, seed=40)
+    for instance in localiser:
+        instance.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    server.instances += [*single, *localiser]
+    store = start()
+    assert len(store.list_images()) == 4 and len(store.get_unlabeled_images()) == 3
+    for uid, sentence in (
+        (single[0].SeriesInstanceUID, "a single slice"),
+        (localiser[0].SeriesInstanceUID, "localiser"),
+    ):
+        for _ in range(2):
+            with pytest.raises(InputError, match=f"Series {uid} .*{sentence}"):
+                store.get_image_uri(uid)
+    assert server.calls.count("retrieve") == 2 and len(store.get_unlabeled_images()) == 2
+
+
+def test_copies_stay_within_their_bound_and_labels_without_a_copy_stay(start, upload):
+    store = start()
+    store._copies = SeriesCopies(store._images, max_bytes=0, in_use_s=0)
+    first, second = store.list_images()
+    store.save_label(first, upload(store, first), FINAL, {"label_info": INFO})
+    store.get_image_uri(second)
+    assert store._copies.uids() == [second] and store.get_labeled_images() == [first]
+    store.refresh()
+    assert store.told == [(first, store._journal.latest()[first, FINAL].sha256)]
+    store._copies = SeriesCopies(store._images, max_bytes=0)
+    (case,) = store.datalist()
+    assert read_volume(case["image"]).grid == read_labels(case["label"]).grid
+    assert store._copies.uids() == sorted([first, second])
+
+
+def test_labels_in_a_cache_that_was_deleted_are_made_anew(server, start, upload, tmp_path):
+    store = start()
+    uid = store.list_images()[0]
+    store.save_label(uid, upload(store, uid), FINAL, {"label_info": INFO})
+    label = read_labels(store.get_label_uri(uid, FINAL)).voxels
+    shutil.rmtree(tmp_path / "cache")
+    server.offline = True
+    again = start()
+    server.offline = False
+    again.get_image_uri(uid)
+    again.refresh()
+    np.testing.assert_array_equal(read_labels(again.get_label_uri(uid, FINAL)).voxels, label)
+    assert again.told == [] and again.get_labeled_images() == [uid]
+
+
+def test_a_draft_is_stored_and_never_learned(server, start, upload):
+    store = start()
+    uid = store.list_images()[0]
+    draft = store.store_draft(uid, Path(upload(store, uid)), NAMES, Prediction("ofl_sam2", 4))
+    store.refresh()
+    assert server.segmentations() == [draft]
+    assert store.told == [] and start().get_labeled_images() == []
+
+
+def test_a_segmentation_waits_for_its_image(server, start, upload):
+    store = start(expiry_s=0)
+    uid = store.list_images()[0]
+    segmentation = store.segmentation(uid, Path(upload(store, uid)), NAMES)
+    all_instances = server.instances
+    for present in ([], [i for i in all_instances if i.InstanceNumber < 3]):
+        server.instances = [*present, segmentation]
+        store.refresh()
+        assert store.told == [] and store._journal.history() == []
+    server.instances = [*all_instances, segmentation]
+    store.refresh()
+    assert store.get_labeled_images() == [uid]
+
+
+def test_one_segmentation_that_cannot_be_fetched_keeps_no_other_back(server, start, upload, monkeypatch):
+    store = start()
+    first, second = store.list_images()
+    broken, whole = (store.segmentation(uid, Path(upload(store, uid)), NAMES) for uid in (first, second))
+    server.instances += [broken, whole]
+    fetch = server.iter_series
+
+    def iter_series(study, series, media_types):
+        if series == broken.SeriesInstanceUID:
+            raise http_error(500)
+        return fetch(study, series, media_types)
+
+    monkeypatch.setattr(server, "iter_series", iter_series)
+    store.refresh()
+    assert store.get_labeled_images() == [second]
+    monkeypatch.undo()
+    store.refresh()
+    assert set(store.get_labeled_images()) == {first, second}
+
+
+def http_error(status):
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError("secret details", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "status"),
+    [
+        (http_error(401), "refuses the login", 502),
+        (http_error(404), "any more", 404),
+        (http_error(500), "answered 500", 502),
+        (requests.ReadTimeout("slow"), "does not answer", 502),
+        (requests.JSONDecodeError("no JSON", "<html>", 0), "is no DICOM", 502),
+    ],
+)
+def test_what_goes_wrong_on_the_server_is_one_sentence(server, monkeypatch, error, sentence, status):
+    def search_for_series(**options):
+        raise error
+
+    monkeypatch.setattr(server, "search_for_series", search_for_series)
+    with pytest.raises(ArchiveError, match=sentence) as said:
+        Archive(server).series({})
+    assert said.value.status == status and "secret" not in str(said.value)

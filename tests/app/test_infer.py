@@ -9,15 +9,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from lib.datastores.segmentation import read_segmentation
+from lib.datastores.segmentation import make_segmentation, read_segmentation
 from lib.infers.batch import BatchInfer
 from lib.infers.ofl_sam2 import OFLSAM2Infer
 from lib.workspace import Workspace
-from monailabel.datastore.utils.convert import nifti_to_dicom_seg
 from PIL import Image
+from pydicom.uid import generate_uid
 from scipy.spatial.transform import Rotation
 
 from ofl_sam2.dataset import LabelledCase
+from ofl_sam2.dicom import read_headers
 from ofl_sam2.errors import Cancelled, InputError
 from ofl_sam2.files import read_labels, read_volume
 
@@ -234,7 +235,8 @@ def test_result_of_a_real_dicom_series_becomes_a_dicom_seg(
     file, params = OFLSAM2Infer(fresh_workspace)({"image": str(series), "result_extension": ".nii.gz"})
     labels = read_labels(file).voxels
     assert params["label_names"] == {"body": 1} and labels.any()
-    converted = nifti_to_dicom_seg(str(series), file, [{"name": "body"}], use_itk=True)
-    names = read_segmentation(Path(converted), Path(file), tmp_path / "back.nii.gz")
+    dataset = make_segmentation(labels, read_headers(series), {1: "body"}, generate_uid())
+    dataset.save_as(tmp_path / "segmentation.dcm", write_like_original=False)
+    names = read_segmentation(tmp_path / "segmentation.dcm", Path(file), tmp_path / "back.nii.gz")
     assert names == [{"name": "body", "idx": 1}]
     assert np.array_equal(read_labels(tmp_path / "back.nii.gz").voxels, labels)

@@ -2,7 +2,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from lib.library import REQUIRED_VERSION, add_library, find_bundle
+from lib.library import REQUIRED_VERSION, LibraryError, add_library, find_bundle
 
 import ofl_sam2
 
@@ -36,18 +36,18 @@ def test_copied_app_takes_the_installed_library(tmp_path: Path) -> None:
 
 
 def test_chosen_folder_without_the_library_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImportError, match=r"--conf bundle .*there is no ofl_sam2"):
+    with pytest.raises(LibraryError, match=r"--conf bundle .*there is no ofl_sam2"):
         find_bundle(tmp_path, str(tmp_path))
 
 
 def test_other_version_is_refused(tmp_path: Path) -> None:
     before = list(sys.path)
-    with pytest.raises(ImportError, match=f"has version 9.9.9, but this app was made for {REQUIRED_VERSION}"):
+    with pytest.raises(LibraryError, match=f"has version 9.9.9, but this app was made for {REQUIRED_VERSION}"):
         add_library(tmp_path, str(bundle(tmp_path / "b", "9.9.9")))
     assert sys.path == before
 
 
 def test_library_of_another_place_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(ImportError, match="was imported from"):
+    with pytest.raises(LibraryError, match="was imported from"):
         add_library(tmp_path, str(bundle(tmp_path / "b")))

@@ -49,6 +49,19 @@ def test_save_label_and_the_next_image_is_segmented(
     json.dumps(app.status())
 
 
+def test_request_while_the_first_label_is_learned_is_told_to_wait(
+    make_app: Build, label_files: dict[str, Path], tmp_path: Path
+) -> None:
+    app = make_app()
+    app.on_init_complete()
+    with app.snapshots.lock():
+        app.datastore().save_label("synthetic_000", str(label_files["synthetic_000"]), "final", {})
+        with pytest.raises(InputError, match="still being learned"):
+            app.infer({"model": "ofl_sam2", "image": "synthetic_002"})
+    assert app.service.wait_idle(120)
+    assert app.infer({"model": "ofl_sam2", "image": "synthetic_002"})["params"]["snapshot"] == 1
+
+
 def test_values_of_the_client_do_not_matter(make_app: Build, save: Save, label_files: dict[str, Path]) -> None:
     app = make_app(server=True, labels="organ b")
     save(app, "synthetic_000", label_files["synthetic_000"])
@@ -88,8 +101,18 @@ def test_second_server_on_one_model_root_is_refused(make_app: Build) -> None:
     second = make_app()
     with pytest.raises(OFLError, match=r"Another server uses .*--conf model_root"):
         second.server_mode(True)
+    first.server_mode(True)
     first.close()
     second.server_mode(True)
+
+
+def test_studies_and_model_root_that_are_no_folders_are_refused(make_app: Build, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(InputError, match=r"is no folder\. Name the folder"):
+        make_app(source=str(file))
+    with pytest.raises(OFLError, match=r"cannot be used: File exists\. Choose"):
+        make_app(model_root=str(file))
 
 
 def test_other_backbone_than_the_learned_one_is_refused(

@@ -13,10 +13,16 @@ def test_defaults(tmp_path: Path) -> None:
 
 
 def test_values_are_read(tmp_path: Path) -> None:
-    conf = {"labels": "liver, left kidney", "cache_gb": "0.5", "image_size": "128", "skip_scoring": "false"}
+    conf = {
+        "labels": "liver, left kidney",
+        "cache_gb": "0.5",
+        "series_gb": "2",
+        "image_size": "128",
+        "skip_scoring": "false",
+    }
     options = Options.from_conf(tmp_path, {**conf, "bundle": "elsewhere", "unknown": "x"})
     assert options.labels == ("liver", "left kidney")
-    assert (options.cache_gb, options.image_size, options.skip_scoring) == (0.5, 128, False)
+    assert (options.cache_gb, options.series_gb, options.image_size, options.skip_scoring) == (0.5, 2, 128, False)
 
 
 @pytest.mark.parametrize(

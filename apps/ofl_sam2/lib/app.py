@@ -22,13 +22,13 @@ from monailabel.utils.sessions import Sessions
 
 from lib.cases import FINAL, image_path, read_case
 from lib.configs.ofl_sam2 import OFLSAM2
-from lib.datastores.dicomweb import connect
+from lib.datastores.dicomweb import JournaledDICOMWebDatastore, connect
 from lib.datastores.local import JournaledLocalDatastore
 from lib.infers.batch import BatchInfer
 from lib.options import Options
 from lib.workspace import Workspace
 from ofl_sam2 import __version__
-from ofl_sam2.errors import OFLError
+from ofl_sam2.errors import InputError, OFLError
 from ofl_sam2.service.journal import LabelJournal
 from ofl_sam2.service.learning import LearningService
 
@@ -41,7 +41,7 @@ class OFLSAM2App(MONAILabelApp):
 
     Attributes:
         workspace: state below the model root; `registry`, `snapshots`, `serving` and `jobs` are parts of it.
-        journal: every label ever saved.
+        journal: who saved which label when, and the labels that there are.
         service: learns labels in a thread of its own.
 
     Args:
@@ -50,7 +50,7 @@ class OFLSAM2App(MONAILabelApp):
         conf: see `Options`.
 
     Raises:
-        InputError: configuration that cannot be read.
+        InputError: configuration that cannot be read, or studies that are no folder.
         ModelError: the model root was learned with another backbone.
     """
 
@@ -73,14 +73,21 @@ class OFLSAM2App(MONAILabelApp):
         )
 
     def init_datastore(self) -> Datastore:
-        """The studies, with a journal before every save."""
+        """The studies, with a journal before every save.
+
+        Raises:
+            InputError: they are neither a folder nor a DICOMweb server.
+        """
         if self.studies.startswith(("http://", "https://")):
-            return connect(self.studies, self.workspace.cache_folder / "dicomweb", self.journal)
+            max_bytes = int(self.options.series_gb * 1e9)
+            return connect(self.studies, self.workspace.cache_folder / "dicomweb", self.journal, max_bytes)
+        if not Path(self.studies).is_dir():
+            raise InputError(f"{self.studies} is no folder. Name the folder that holds the images.")
         return JournaledLocalDatastore(self.studies, self.journal)
 
     def init_infers(self) -> dict[str, InferTask]:
-        """The inference task."""
-        return {_NAME: self._tasks.infer()}
+        """The inference task; results can be stored as drafts on a DICOMweb server."""
+        return {_NAME: self._tasks.infer(drafts=isinstance(self.datastore(), JournaledDICOMWebDatastore))}
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """The training task."""
@@ -104,7 +111,7 @@ class OFLSAM2App(MONAILabelApp):
         Raises:
             OFLError: another server has it.
         """
-        if mode:
+        if mode and not self._server_lock.is_locked:
             try:
                 self._server_lock.acquire(timeout=0)
             except Timeout as error:
@@ -120,6 +127,7 @@ class OFLSAM2App(MONAILabelApp):
         studies.on_label = lambda image_id, event: self.service.learn(image_id, event.sha256)
         studies.on_delete = self.service.forget
         studies.reconcile()
+        self.journal.prune()
         latest = self.journal.latest()
         self.service.reconcile({image: event.sha256 for (image, tag), event in latest.items() if tag == FINAL})
         self.service.start()
@@ -159,6 +167,8 @@ class OFLSAM2App(MONAILabelApp):
         if not in_studies and not Path(image).is_absolute():
             raise ImageNotFoundException(f"The studies hold no image '{image}'. Refresh the list of images.")
         path = image_path(studies, image) if in_studies else Path(image)
+        if self.snapshots.current() is None and self._first_is_learned():
+            raise InputError("The first label is still being learned. Try again in a few seconds.")
         file, params = task({**request, "image": str(path), "image_id": image if in_studies else None})
         tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
         label = file
@@ -179,6 +189,10 @@ class OFLSAM2App(MONAILabelApp):
             "device": self.options.device,
             "learning": learning,
         }
+
+    def _first_is_learned(self) -> bool:
+        labelled = any(tag == FINAL for _, tag in self.journal.latest())
+        return labelled and self.service.status()["state"] in ("waiting", "learning")
 
     def _load_sessions(self, load: bool = False) -> Sessions | None:
         """Uploaded images, in the cache of the app unless MONAI Label was told another place."""

@@ -23,7 +23,8 @@ class Options:
         image_size: side of its input in pixels; default by backbone.
         labels: structures known from the start, in the order of their values.
         device: "cpu" or "cuda".
-        cache_gb: bound of the cache folder in GB.
+        cache_gb: bound of the feature cache in GB.
+        series_gb: bound of the series copied from a DICOMweb server in GB.
         skip_scoring: leave out the scoring that MONAI Label starts by itself at each start, sample and training.
     """
 
@@ -33,6 +34,7 @@ class Options:
     labels: tuple[str, ...] = ()
     device: str = "cpu"
     cache_gb: float = 4.0
+    series_gb: float = 20.0
     skip_scoring: bool = True
 
     @classmethod
@@ -50,6 +52,7 @@ class Options:
             "labels": _names,
             "device": str,
             "cache_gb": _size,
+            "series_gb": _size,
             "skip_scoring": lambda text: bool(strtobool(text)),
         }
         for field in fields(cls):

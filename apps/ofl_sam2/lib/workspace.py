@@ -9,8 +9,9 @@ from lib.jobs import Jobs
 from lib.options import Options
 from lib.results import RecentResults
 from lib.scores import Scores
+from lib.single_files import SingleFiles
 from ofl_sam2.backbone.load import load_backbone
-from ofl_sam2.errors import ModelError
+from ofl_sam2.errors import ModelError, OFLError
 from ofl_sam2.learner.load import shipped_learner
 from ofl_sam2.memory.cache import FeatureCache
 from ofl_sam2.segmenter import VolumeSegmenter
@@ -35,11 +36,19 @@ class Workspace:
 
     Args:
         options: configuration of the app.
+
+    Raises:
+        OFLError: the model root is no folder, or cannot be made.
     """
 
     def __init__(self, options: Options) -> None:
         root = options.model_root
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OFLError(
+                f"--conf model_root {root} cannot be used: {error.strerror}. Choose a folder that you may write to."
+            ) from error
         self.options = options
         self.registry = StructureRegistry(root / "structures.json", options.labels)
         self.snapshots = SnapshotStore(root / "snapshots")
@@ -60,6 +69,11 @@ class Workspace:
         return FeatureCache(
             self.cache_folder / "features", max_bytes=int(self.options.cache_gb * 1e9), memory_bytes=_MEMORY_BYTES
         )
+
+    @cached_property
+    def single_files(self) -> SingleFiles:
+        """Images that are folders, as files for clients; bounded by a quarter of `cache_gb`."""
+        return SingleFiles(self.cache_folder / "downloads", max_bytes=int(self.options.cache_gb * 1e9 / 4))
 
     @cached_property
     def serving(self) -> Serving:

@@ -1,12 +1,41 @@
 """The uvicorn app. It is made after the annotation app, which makes the library `ofl_sam2` importable."""
 
+import sys
+
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware import Middleware
 from monailabel.app import app
-from monailabel.endpoints import activelearning, batch_infer, datastore, infer, model, session, train, wsi_infer
+from monailabel.endpoints import (
+    activelearning,
+    batch_infer,
+    datastore,
+    infer,
+    model,
+    ohif,
+    scoring,
+    session,
+    train,
+    wsi_infer,
+)
 from monailabel.interfaces.utils.app import app_instance
 
-_REPLACED = (activelearning, batch_infer, datastore, infer, model, session, train)
+_REFUSALS = ("lib.library", "ofl_sam2.errors")
+_REPLACED = (activelearning, batch_infer, datastore, infer, model, ohif, scoring, session, train)
+
+
+def start() -> None:
+    """Build the annotation app and become the one server of its model root.
+
+    Raises:
+        SystemExit: what was asked for cannot be done; with the sentence that says why. The modules that define such
+            errors can only be imported once the app is built, so they are known by name.
+    """
+    try:
+        app_instance().server_mode(True)
+    except Exception as error:
+        if not any(kind.__module__ in _REFUSALS for kind in type(error).__mro__):
+            raise
+        sys.exit(f"The server does not start. {error}")
 
 
 def install(app: FastAPI, own: list[APIRouter]) -> None:
@@ -25,7 +54,7 @@ def install(app: FastAPI, own: list[APIRouter]) -> None:
         app.include_router(router)
 
 
-app_instance()
+start()
 
 from server import errors, keys, routes  # noqa: E402
 

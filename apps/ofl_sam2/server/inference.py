@@ -1,14 +1,17 @@
 """POST /infer/{model}: in a worker thread, so that the server goes on answering, and behind a bounded queue."""
 
 import json
+from io import BytesIO
+from typing import Any
 
-from fastapi import APIRouter, BackgroundTasks, HTTPException
-from monailabel.datastore.dicom import DICOMWebDatastore
+from fastapi import APIRouter, BackgroundTasks, HTTPException, Response
+from lib.infers.options import wants_draft
 from monailabel.endpoints import infer as monai
 
 from server.forms import AnyUser, OptionalUpload, Params
 from server.keys import check_upload, parse_params
 from server.lookup import app, require_image, require_session, require_task
+from server.predictions import dicomweb_studies, predict
 from server.queue import InferenceQueue
 
 router = APIRouter(tags=["Infer"])
@@ -35,7 +38,10 @@ def infer(
     label: OptionalUpload = None,
     output: monai.ResultType | None = None,
 ):
-    """The result comes as form fields `params` (JSON) and `image` (label map), or only one of them by `output`."""
+    """The result comes as form fields `params` (JSON) and `image` (label map), or only one of them by `output`.
+
+    With `store_draft` on in `params` it is also stored on the DICOMweb server.
+    """
     options = parse_params(params)
     require_task("model", app()._infers, model)
     if session_id:
@@ -49,13 +55,22 @@ def infer(
     if label:
         check_upload(label)
     if output == monai.ResultType.dicom_seg:
-        _check_dicom_seg(options)
+        return _dicom_seg(image, model, options)
+    draft = wants_draft(options) and dicomweb_studies()
     with queue.turn():
+        if draft:
+            require_image(image)
+            predict(image, model, options, draft.store_draft)
         return monai.run_inference(background_tasks, model, image, session_id, json.dumps(options), file, label, output)
 
 
-def _check_dicom_seg(options: dict) -> None:
-    if not isinstance(app().datastore(), DICOMWebDatastore):
-        raise HTTPException(400, "DICOM SEG needs studies on a DICOMweb server. Ask for output=image instead.")
-    if not options.get("label_info"):
-        raise HTTPException(400, "DICOM SEG needs names: give 'label_info' in params.")
+def _dicom_seg(image: str, model: str, options: dict[str, Any]) -> Response:
+    """The result as a DICOM SEG, which is stored nowhere."""
+    studies = dicomweb_studies()
+    require_image(image)
+    with queue.turn():
+        dataset, _ = predict(image, model, options, studies.segmentation)
+    content = BytesIO()
+    dataset.save_as(content, write_like_original=False)
+    name = f'attachment; filename="{image}.dcm"'
+    return Response(content.getvalue(), media_type="application/dicom", headers={"Content-Disposition": name})

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from ofl_sam2.errors import InputError
 from ofl_sam2.files import image_suffix
 from ofl_sam2.service.journal import check_image_id, check_tag
+from ofl_sam2.service.label_files import LABEL_SUFFIXES
 
 _FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f\x7f]{1,200}")
 _SUFFIX = re.compile(r"(\.[A-Za-z0-9]{1,8}){1,3}")
@@ -59,8 +60,8 @@ def _check_file_name(name: str) -> None:
 
 
 def _check_suffix(suffix: str) -> None:
-    if not _SUFFIX.fullmatch(suffix):
-        raise InputError(f"{suffix[:80]!r} is no suffix of a file. Use one such as '.nrrd'.")
+    if not (_SUFFIX.fullmatch(suffix) and suffix.lower().endswith(LABEL_SUFFIXES)):
+        raise InputError(f"{suffix[:80]!r} is no suffix of a label map. Use {', '.join(LABEL_SUFFIXES)}.")
 
 
 def _check_session(session_id: str) -> None:

@@ -1,4 +1,4 @@
-"""Uploads: labels, images and sessions. A label is checked before it takes the place of an older one."""
+"""Uploads: labels and sessions. A label is checked before it takes the place of an older one."""
 
 import shutil
 import tarfile
@@ -9,8 +9,6 @@ from fastapi import APIRouter, HTTPException
 from lib.cases import FINAL, image_path, labelled_case
 
 from ofl_sam2.errors import InputError
-from ofl_sam2.files import case_name
-from ofl_sam2.service.journal import check_image_id
 from ofl_sam2.service.label_files import check_label_file
 from server.forms import Annotator, AnyUser, Params, Upload, Uploads
 from server.keys import check_name, parse_params, received
@@ -38,23 +36,14 @@ def save_label(user: Annotator, image: str, label: Upload, params: Params = "{}"
 
 
 def _check_label(image: str, path: Path, details: dict) -> None:
+    original = image_path(app().datastore(), image)
     try:
         check_label_file(path)
-        labelled_case(image, image_path(app().datastore(), image), path, details.get("label_info"), app().registry)
+        labelled_case(image, original, path, details.get("label_info"), app().registry)
     except InputError as error:
-        sentence = str(error).replace(str(path), f"the label of '{image}'")
+        sentence = str(error).replace(str(path), f"the label of '{image}'").replace(str(original), "the image")
         app().journal.record_refused(image, FINAL, path, details, sentence)
         raise InputError(sentence[0].upper() + sentence[1:]) from error
-
-
-@router.put("/datastore/image", tags=["Datastore"], summary="Add an image to the studies")
-def add_image(user: Annotator, file: Upload, image: str = "", params: Params = "{}"):
-    """The id is `image`, or the name of the file without its suffix."""
-    details = {**parse_params(params), "user": user.username}
-    name = image or case_name(check_name(file))
-    check_image_id(name)
-    with received(file, name) as path:
-        return {"image": app().datastore().add_image(name, str(path), details)}
 
 
 @router.put(

@@ -1,5 +1,5 @@
 """All routes of our own."""
 
-from server import inference, labels, models, ofl, tasks
+from server import drafts, images, inference, labels, models, ofl, ohif, tasks
 
-ROUTERS = [inference.router, labels.router, models.router, ofl.router, tasks.router]
+ROUTERS = [module.router for module in (drafts, images, inference, labels, models, ofl, ohif, tasks)]

@@ -22,9 +22,9 @@ class OFLSAM2(TaskConfig):
         super().__init__()
         self._workspace = workspace
 
-    def infer(self) -> OFLSAM2Infer:
-        """The inference task."""
-        return OFLSAM2Infer(self._workspace)
+    def infer(self, drafts: bool = False) -> OFLSAM2Infer:
+        """The inference task; `drafts` lets a client have results stored beside their images."""
+        return OFLSAM2Infer(self._workspace, drafts)
 
     def trainer(self) -> OFLSAM2Trainer:
         """The training task."""

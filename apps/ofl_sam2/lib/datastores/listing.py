@@ -183,7 +183,8 @@ def _same_or_new(before: DataModel | None, path: Path, event: LabelEvent | None)
     _, ext = split_name(path)
     if before is not None and before.ext == ext and (event is None or before.info.get("sha256") == event.sha256):
         return before
-    return DataModel(ext=ext, info={**_info(path.name, event), "ts": int(path.stat().st_mtime)})
+    changed = path.stat().st_mtime if path.exists() else time.time()
+    return DataModel(ext=ext, info={**_info(path.name, event), "ts": int(changed)})
 
 
 def _info(name: str, event: LabelEvent | None) -> dict[str, Any]:

@@ -28,11 +28,12 @@ class OFLSAM2Infer(InferTask):
 
     Args:
         workspace: state of the app.
+        drafts: whether results can be stored beside their images.
     """
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, drafts: bool = False) -> None:
         super().__init__(InferType.SEGMENTATION, labels={}, dimension=3, description=_DESCRIPTION)
-        self._workspace = workspace
+        self._workspace, self._drafts = workspace, drafts
 
     def is_valid(self) -> bool:
         """Always offered; before the first label a request is refused in words."""
@@ -44,7 +45,8 @@ class OFLSAM2Infer(InferTask):
 
     def config(self) -> dict[str, Any]:
         """The choices of a client."""
-        return offered(self._workspace.registry.names(), Settings(), self._workspace.options.device)
+        choices = offered(self._workspace.registry.names(), Settings(), self._workspace.options.device)
+        return {**choices, **({"store_draft": ["off", "on"]} if self._drafts else {})}
 
     def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Segment `request["image"]`, a path.

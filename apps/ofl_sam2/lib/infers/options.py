@@ -65,6 +65,16 @@ def read_options(request: dict[str, Any], settings: Settings, device: str) -> In
     )
 
 
+def wants_draft(request: dict[str, Any]) -> bool:
+    """Whether the result is to be stored on the DICOMweb server as well, as a draft.
+
+    Raises:
+        InputError: the option `store_draft` is neither on nor off.
+    """
+    value = request.get("store_draft") or "off"
+    return _switch("store_draft", value[0] if isinstance(value, list) else value)
+
+
 def _number(name: str, value: Any) -> float:
     try:
         number = float(value)
