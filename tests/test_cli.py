@@ -500,7 +500,10 @@ def truncate(path: Path) -> None:
         (lambda s: (s.labels / "a.nii.gz").rename(s.labels / "z.nii.gz"), "labels without an image .*: z"),
         (lambda s: (s.labels / "a.nii.gz").unlink(), "no label for a"),
         (lambda s: shutil.copy(s.image("a"), s.images / "a.nii"), "several files of one case: a.nii, a.nii.gz"),
-        (lambda s: change_label(s, lambda v: v[:-1]), r"has shape \(23, 20, 6\), but .* has \(24, 20, 6\)"),
+        (
+            lambda s: change_label(s, lambda v: v[:-1]),
+            r"shape \(23, 20, 6\) \(axes RAS\), but .* \(24, 20, 6\) \(axes RAS\)",
+        ),
         (lambda s: change_label(s, lambda v: v, OBLIQUE), "lie in different places in space"),
         (lambda s: change_label(s, np.zeros_like), "is empty: it holds no structure"),
         (lambda s: change_label(s, lambda v: v * np.float32(0.5)), "fractional labels such as 0.5"),

@@ -170,7 +170,7 @@ def _in_grid_of(labels: Volume, volume: Volume) -> NDArray[np.unsignedinteger[An
     target = arranged if volume.frames else canonical_view(arranged, volume.affine)
     if volume.frames or view.shape != target.shape:
         raise InputError(
-            f"{labels.path} has shape {labels.voxels.shape}, but {volume.path} has {volume.grid}. "
+            f"{labels.path} has shape {_oriented_shape(labels)}, but {volume.path} has {_oriented_shape(volume)}. "
             "Resample the label to the image's grid with nearest-neighbour interpolation."
         )
     if not _same_place(_canonical_affine(labels), _canonical_affine(volume)):
@@ -181,6 +181,11 @@ def _in_grid_of(labels: Volume, volume: Volume) -> NDArray[np.unsignedinteger[An
         )
     target[...] = view
     return arranged
+
+
+def _oriented_shape(volume: Volume) -> str:
+    codes = "" if volume.frames else f" (axes {''.join(nib.orientations.aff2axcodes(volume.affine))})"
+    return f"{volume.voxels.shape}{codes}"
 
 
 def _canonical_affine(volume: Volume) -> NDArray[np.float64]:
