@@ -3,7 +3,7 @@
 set -euo pipefail
 
 missing=()
-for package in orthanc orthanc-dicomweb chromium dicom3tools; do
+for package in orthanc orthanc-dicomweb chromium dcmtk dicom3tools; do
     dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")
 done
 if ((${#missing[@]} && EUID == 0)) && command -v apt-get >/dev/null; then

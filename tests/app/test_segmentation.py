@@ -91,6 +91,13 @@ def test_segments_are_described(case):
     assert liver.TrackingID == "liver" and liver.TrackingUID == again.TrackingUID != kidney.TrackingUID
 
 
+def test_segments_have_colours_of_their_own(case):
+    colours = [tuple(segment.RecommendedDisplayCIELabValue) for segment in case.make().SegmentSequence]
+    assert len(set(colours)) == len(colours) == 3
+    lightness, a, b = colours[0]  # the first one is red
+    assert 0 < lightness < 65535 and min(a, b) > 65535 * 0.6
+
+
 def test_a_prediction_says_what_made_it_and_is_a_draft(case):
     draft = case.make(prediction=Prediction("ofl_sam2", 12))
     assert is_draft(draft) and draft.SeriesDescription == "OFL-SAM2 draft of ofl_sam2, snapshot 12"

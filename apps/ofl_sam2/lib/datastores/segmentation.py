@@ -14,9 +14,11 @@ from uuid import NAMESPACE_OID, uuid5
 import highdicom
 import numpy as np
 import pydicom
+from matplotlib import colormaps
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
+from skimage.color import rgb2lab
 
 from lib.datastores.codes import structure_codes
 from ofl_sam2 import __version__
@@ -28,6 +30,7 @@ from ofl_sam2.volume import Volume
 _MAKER = "OFL-SAM2"
 _DRAFT = "DRAFT"
 _MAX_NAME = 64
+_PALETTE = colormaps["Set1"]
 _TOLERANCE = 0.25
 _EXPECTED = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID")
 _DATES = ("StudyDate", "StudyTime")
@@ -213,10 +216,17 @@ def _segment(number: int, name: str, image: str, prediction: Prediction | None) 
         tracking_uid=_uid(image, name),
         tracking_id=name,
     )
+    segment.RecommendedDisplayCIELabValue = _colour(number)
     if side is not None:
         modifier = highdicom.sr.CodedConcept.from_code(side)
         segment.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [modifier]
     return segment
+
+
+def _colour(number: int) -> list[int]:
+    """CIELab of the colour that viewers show a segment in, as DICOM codes it."""
+    lightness, a, b = rgb2lab(_PALETTE.colors[(number - 1) % _PALETTE.N])
+    return [round(65535 * share) for share in (lightness / 100, (a + 128) / 255, (b + 128) / 255)]
 
 
 def _check_kind(dataset: Dataset) -> None:
