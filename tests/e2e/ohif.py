@@ -194,6 +194,13 @@ class Viewer:
         shown = [_pixels(viewport) for viewport in self._viewports.all()]
         return [int((pixels[..., 0] - pixels[..., 1] > _COLOURED).sum()) for pixels in shown]
 
+    def says(self, sentence: str) -> bool:
+        """Whether a sentence can be read now or soon; it is gone afterwards."""
+        notice = self._page.get_by_text(sentence)
+        notice.wait_for()
+        notice.wait_for(state="hidden")
+        return True
+
     def _middle_of_bright(self) -> tuple[float, float]:
         viewport = self._viewports.first
         box = viewport.bounding_box()

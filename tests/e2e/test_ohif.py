@@ -65,7 +65,7 @@ def test_an_exported_label_teaches_the_next_case(clinic: Clinic, tmp_path: Path)
     viewer.connect()
     refused = viewer.run()
     assert refused.status == 400
-    assert "learned" in refused.text()
+    assert viewer.says(refused.json()["detail"])
     assert viewer.overlays() == [0, 0, 0]
 
     viewer.open_from_list("Phantom, First", "Segmentation")

@@ -1,10 +1,11 @@
 
-// Two repairs of OHIF 3.10.0-beta.5.
+// Three repairs of OHIF 3.10.0-beta.5.
 window.config.extensions.push({
   id: 'ofl-sam2.repairs',
   onModeEnter: ({ commandsManager, servicesManager }) => {
     showImagesNotSegmentations(servicesManager.services.hangingProtocolService);
     storeOnTheServerOfTheStudies(commandsManager);
+    sayWhyItFailed(servicesManager.services.uiNotificationService);
   },
 });
 
@@ -26,4 +27,20 @@ function storeOnTheServerOfTheStudies(commandsManager) {
     commandFn: options =>
       commandsManager.runCommand('storeSegmentation', options, options.dataSource ? 'SEGMENTATION' : 'CORNERSTONE'),
   });
+}
+
+// The MONAI Label panel says "Failed to Run Segmentation" and no more. The server's sentence is shown beside it.
+function sayWhyItFailed(notifications) {
+  const send = XMLHttpRequest.prototype.send;
+  if (send.saysWhy) return;
+  XMLHttpRequest.prototype.send = function (...body) {
+    this.addEventListener('load', () => {
+      if (this.status < 400 || !new URL(this.responseURL).pathname.startsWith('/infer/')) return;
+      const answer = this.responseType === 'arraybuffer' ? new TextDecoder().decode(this.response) : this.responseText;
+      const message = JSON.parse(answer).detail;
+      notifications.show({ title: 'OFL-SAM2', message, type: 'error', duration: 10000 });
+    });
+    return send.apply(this, body);
+  };
+  XMLHttpRequest.prototype.send.saysWhy = true;
 }
