@@ -21,6 +21,7 @@ APP_DIR = Path(__file__).resolve().parents[2] / "apps" / "ofl_sam2"
 if str(APP_DIR) not in sys.path:
     sys.path.insert(0, str(APP_DIR))
 
+from lib.datastores.archive import ArchiveError  # noqa: E402
 from lib.options import Options  # noqa: E402
 from lib.workspace import Workspace  # noqa: E402
 
@@ -148,6 +149,7 @@ class Studies:
     def __init__(self, folder: Path, labels: dict[str, Path], info: dict[str, Any] | None = None) -> None:
         self.folder, self.labels, self.info = folder, dict(labels), info or {}
         self.image_info: dict[str, dict[str, Any]] = {}
+        self.vanished: set[str] = set()
 
     def list_images(self) -> list[str]:
         return [path.name.removesuffix(".nii.gz") for path in self.folder.glob("*.nii.gz")]
@@ -159,10 +161,13 @@ class Studies:
         return [image for image in self.list_images() if image not in self.labels]
 
     def get_image_uri(self, image: str) -> str:
+        if image in self.vanished:
+            raise ArchiveError(f"The series {image} is no more.", 404)
         return str(self.folder / f"{image}.nii.gz") if image in self.list_images() else ""
 
     def get_image_info(self, image: str) -> dict[str, Any]:
-        return {**self.image_info.get(image, {}), "path": self.get_image_uri(image)}
+        path = "" if image in self.vanished else self.get_image_uri(image)
+        return {**self.image_info.get(image, {}), "path": path}
 
     def get_label_by_image_id(self, image: str, tag: str) -> str:
         return image if image in self.labels else ""

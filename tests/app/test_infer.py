@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from lib.datastores.archive import ArchiveError
 from lib.datastores.segmentation import make_segmentation, read_segmentation
 from lib.infers.batch import BatchInfer
 from lib.infers.ofl_sam2 import OFLSAM2Infer
@@ -190,11 +191,14 @@ def test_bad_image_does_not_stop_a_batch(task: OFLSAM2Infer, image: Path, studie
 
     def infer(request: dict[str, Any], datastore: Any) -> dict[str, Any]:
         seen.append((request["image"], request["label_tag"], request["save_label"]))
+        if request["image"] == "gone":
+            raise ArchiveError("The series is no more.", 404)
         file, params = task({**request, "image": str(studies / f"{request['image']}.nii.gz")})
         return {"file": file, "label": request["image"], "params": params}
 
-    results = BatchInfer()({"images": ["synthetic_001", "broken", "synthetic_000"]}, None, infer)
-    assert seen == [(image, "original", True) for image in ("broken", "synthetic_000", "synthetic_001")]
+    results = BatchInfer()({"images": ["synthetic_001", "broken", "gone", "synthetic_000"]}, None, infer)
+    assert seen == [(image, "original", True) for image in ("broken", "gone", "synthetic_000", "synthetic_001")]
+    assert results["gone"] == {"error": "The series is no more."}
     assert "broken" in results["broken"]["error"]
     assert results["synthetic_000"]["params"]["snapshot"] == 1 and "file" not in results["synthetic_000"]
     assert len(BatchInfer()({"images": ["a", "b"], "max_batch_size": 1}, None, lambda *_: {})) == 1

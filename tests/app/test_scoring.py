@@ -41,8 +41,10 @@ def test_only_what_the_current_snapshot_has_not_scored(workspace: Workspace, mak
 def test_unreadable_image_is_reported(workspace: Workspace, make_studies: Make) -> None:
     data = make_studies(labelled=["synthetic_000", "synthetic_001"])
     (data.folder / "broken.nii.gz").write_bytes(b"no image")
+    data.vanished.add("synthetic_003")
     outcome = QualityScoring(workspace)({}, data)
-    assert outcome["scored"] == 2 and "Cannot read" in outcome["failed"]["broken"]
+    assert outcome["scored"] == 1 and "Cannot read" in outcome["failed"]["broken"]
+    assert "is no more" in outcome["failed"]["synthetic_003"]
 
 
 def test_gives_way_to_a_user_of_the_server(workspace: Workspace, make_studies: Make) -> None:

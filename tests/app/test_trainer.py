@@ -104,13 +104,14 @@ def test_labels_that_the_snapshot_does_not_know_are_learned_first(
         return TrainingResult([], 0.5, 0.5, False)
 
     monkeypatch.setattr(task, "train", train)
-    studies = make_studies(["synthetic_001", "synthetic_002", "synthetic_003"])
+    studies = make_studies(["synthetic_000", "synthetic_001", "synthetic_002", "synthetic_003"])
     studies.labels["synthetic_003"].write_bytes(b"no label")
+    studies.vanished.add("synthetic_000")
     OFLSAM2Trainer(workspace)({}, studies)
     assert seen["names"] == ["synthetic_001", "synthetic_002"]
     assert seen["pool"] == ["synthetic_000", "synthetic_001", "synthetic_002"]
     stats = OFLSAM2Trainer(workspace).stats()
-    assert list(stats["left_out"]) == ["synthetic_003"] and stats["cases"] == 2
+    assert list(stats["left_out"]) == ["synthetic_000", "synthetic_003"] and stats["cases"] == 2
 
 
 def test_refused_before_the_first_label(fresh_workspace: Workspace, make_studies: Make) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lib.cases import image_path
+from lib.datastores.archive import ArchiveError
 from lib.workspace import Workspace
 from ofl_sam2.errors import InputError
 from ofl_sam2.files import read_volume
@@ -70,7 +71,7 @@ class Coverage:
                 new += 1
                 try:
                     descriptor = self._describe(image, datastore, encoder)
-                except InputError as error:
+                except (InputError, ArchiveError) as error:
                     logger.warning("%s cannot be described: %s", image, error)
             if descriptor is not None:
                 found[image] = descriptor

@@ -10,6 +10,7 @@ from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 from monailabel.utils.others.generic import remove_file
 
 from lib.cases import FINAL
+from lib.datastores.archive import ArchiveError
 from ofl_sam2.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class BatchInfer(BatchInferTask):
                 remove_file(result.pop("file", None))
                 results[image] = result
                 logger.info("%d of %d: %s segmented", number, len(images), image)
-            except (InputError, MONAILabelException, OSError) as error:
+            except (InputError, ArchiveError, MONAILabelException, OSError) as error:
                 results[image] = {"error": str(error)}
                 logger.warning("%d of %d: %s failed: %s", number, len(images), image, error)
         return results

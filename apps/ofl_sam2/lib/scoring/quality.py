@@ -7,6 +7,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from lib.cases import image_path
+from lib.datastores.archive import ArchiveError
 from lib.scores import Score
 from lib.workspace import Workspace
 from ofl_sam2.errors import Cancelled, InputError
@@ -47,7 +48,7 @@ class QualityScoring(ScoringMethod):
             try:
                 self._score(image, datastore, snapshot, segmenter)
                 scored += 1
-            except InputError as error:
+            except (InputError, ArchiveError) as error:
                 failed[image] = str(error)
                 logger.warning("%s cannot be scored: %s", image, error)
             except Cancelled:

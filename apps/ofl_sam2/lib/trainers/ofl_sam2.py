@@ -9,6 +9,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
 from lib.cases import LazyCases, read_case
+from lib.datastores.archive import ArchiveError
 from lib.trainers.stats import TrainingStats
 from lib.workspace import Workspace
 from ofl_sam2.dataset import LabelledCase
@@ -127,7 +128,7 @@ def _learn_all(
                 values = {*segmenter.pool.values(), *case.values}
                 segmenter.learn([case], {value: name for name, value in structures().items() if value in values})
             names.append(image_id)
-        except InputError as error:
+        except (InputError, ArchiveError) as error:
             left_out[image_id] = str(error)
     return names, left_out
 
