@@ -216,3 +216,13 @@ class TestSolveRidge:
         encoding = given.encoding.clone().requires_grad_()
         solve_ridge(Problem(given.x, encoding, given.precision, given.ridge), 3).square().sum().backward()
         assert encoding.grad.abs().max() > 0
+
+
+def test_a_tiny_ridge_is_solved_as_exactly_in_float32_as_in_float64():
+    given = random_problem(shape=(1, 2, 4, 6, 6), lam=1e-7)
+    alike = given.x[:, :, :1] + 1e-3 * given.x  # channels that hardly differ, as features do
+    exact = Problem(
+        alike.float().double(), given.encoding.float().double(), given.precision.float().double(), given.ridge
+    )
+    single = Problem(alike.float(), given.encoding.float(), given.precision.float(), given.ridge.float())
+    assert torch.allclose(solve_ridge(single, 3), solve_ridge(exact, 3).float(), rtol=1e-4)

@@ -103,9 +103,13 @@ def patch_metric(x: Tensor, ridge: Tensor, kernel: int) -> Tensor:
 
 
 def solve_ridge(problem: Problem, kernel: int) -> Tensor:
-    """The exact minimiser `(B, D, C, k, k)`, one linear system per class and encoding channel; needs a ridge > 0."""
-    classes = zip(problem.x, problem.encoding, problem.precision, strict=True)
-    return torch.stack([_solve_class(x, e, precision, problem.ridge, kernel) for x, e, precision in classes])
+    """The exact minimiser `(B, D, C, k, k)`, one linear system per class and encoding channel; needs a ridge > 0.
+
+    Solved in float64, as a trained ridge is far below what float32 resolves.
+    """
+    classes = zip(problem.x.double(), problem.encoding.double(), problem.precision.double(), strict=True)
+    solved = [_solve_class(x, e, precision, problem.ridge.double(), kernel) for x, e, precision in classes]
+    return torch.stack(solved).to(problem.x.dtype)
 
 
 def _solve_class(x: Tensor, encoding: Tensor, precision: Tensor, ridge: Tensor, kernel: int) -> Tensor:
