@@ -25,23 +25,25 @@ def answer(monkeypatch, tmp_path):
             requests.append(request)
             return {"file": str(file), "params": params}
 
-        monkeypatch.setattr(predictions, "app", lambda: SimpleNamespace(infer=infer, datastore=lambda: None))
+        app = SimpleNamespace(infer=infer, datastore=lambda: None, options=SimpleNamespace(device="cpu"))
+        monkeypatch.setattr(predictions, "app", lambda: app)
         return file, requests
 
     return prepare
 
 
 @pytest.mark.parametrize(
-    ("label_names", "names"),
+    ("options", "label_names", "names"),
     [
-        ({"liver": 1, "spleen": 2}, {1: "liver", 2: "spleen"}),
-        ({"spleen": 2}, {1: "liver", 2: "spleen"}),
-        ({"spleen": 1}, {1: "spleen"}),
+        ({}, {"liver": 1, "spleen": 2}, {1: "liver", 2: "spleen"}),
+        ({"structures": ["all", "liver"]}, {"spleen": 2}, {1: "liver", 2: "spleen"}),
+        ({"structures": "spleen"}, {"spleen": 1}, {1: "spleen"}),
+        ({"structures": "liver"}, {"liver": 1}, {1: "liver"}),
     ],
 )
-def test_missing_structures_keep_their_segments_unless_one_was_asked_for(answer, label_names, names):
+def test_missing_structures_keep_their_segments_unless_one_was_asked_for(answer, options, label_names, names):
     (file, requests), made = answer(label_names), []
-    predictions.predict("image", "ofl_sam2", {"gamma": "0.9"}, lambda *arguments: made.append(arguments))
+    predictions.predict("image", "ofl_sam2", {"gamma": "0.9", **options}, lambda *arguments: made.append(arguments))
     assert made == [("image", file, names, Prediction("ofl_sam2", 3))] and not file.exists()
     assert requests[0]["gamma"] == "0.9" and requests[0]["result_extension"] == ".nii.gz"
 

@@ -20,6 +20,9 @@ from fastapi import HTTPException
 from fastapi.testclient import TestClient
 from lib.datastores.archive import ArchiveError
 from lib.single_files import SingleFiles
+from monailabel.config import settings
+from monailabel.endpoints.user.auth import User, get_current_user
+from monailabel.interfaces.exception import ImageNotFoundException
 
 from ofl_sam2.errors import Cancelled, InputError, ModelError
 from ofl_sam2.files import write_labels
@@ -31,18 +34,24 @@ GRID = (12, 10, 4)
 class FakeDatastore:
     def __init__(self, folder: Path) -> None:
         self.folder, self.saved, self.fails = folder, [], None
+        self.not_here: dict[str, dict[str, Any]] = {}
+        self.info: dict[str, dict[str, Any]] = {"case_a": {}, "case b.1": {}}
 
     def list_images(self) -> list[str]:
         return ["case_a", "case b.1"]
 
     def get_image_uri(self, image: str) -> str:
+        if image in self.not_here:
+            self.info[image] = self.not_here.pop(image)
         return str(self.folder / "image.nii.gz") if image in self.list_images() else ""
 
     def get_image_info(self, image: str) -> dict[str, Any]:
-        return {}
+        return {**self.info[image], "path": "elsewhere"} if image in self.info else {}
 
     def update_image_info(self, image: str, info: dict[str, Any]) -> None:
-        pass
+        if image not in self.info:
+            raise ImageNotFoundException(f"There is no image {image}.")
+        self.info[image].update(info)
 
     def get_label_uri(self, label: str, tag: str) -> str:
         return ""
@@ -283,6 +292,62 @@ def test_server_answers_during_an_inference_and_refuses_when_full(client: TestCl
     assert client.get("/ofl/status").json()["queue"]["waiting"] == 0
 
 
+@pytest.mark.parametrize(
+    ("method", "address", "waiting", "waits_in"),
+    [
+        ("GET", "/info/", "app", "info"),
+        ("GET", "/datastore/", "studies", "status"),
+        ("GET", "/datastore/?output=all", "studies", "json"),
+        ("GET", "/datastore/?output=train", "studies", "datalist"),
+        ("GET", "/datastore/dataset", "studies", "get_dataset_archive"),
+        ("PUT", "/datastore/image/info?image=case_a", "studies", "update_image_info"),
+        ("PUT", "/datastore/label/info?label=case_a&tag=final", "studies", "update_label_info"),
+        ("DELETE", "/datastore/?id=case_a", "studies", "remove_image"),
+        ("DELETE", "/datastore/image?id=case_a", "studies", "remove_image"),
+        ("DELETE", "/datastore/label?id=case_a&tag=final", "studies", "remove_label"),
+    ],
+)
+def test_server_answers_while_the_studies_do_not(
+    client: TestClient, fake: FakeApp, method: str, address: str, waiting: str, waits_in: str
+) -> None:
+    called, go_on, in_time = threading.Event(), threading.Event(), []
+
+    def wait(*arguments: Any) -> Any:
+        called.set()
+        in_time.append(go_on.wait(10))
+        return str(fake.folder / "image.nii.gz") if waits_in == "get_dataset_archive" else {}
+
+    setattr(fake if waiting == "app" else fake.datastore(), waits_in, wait)
+    answers: list[int] = []
+    thread = threading.Thread(target=lambda: answers.append(client.request(method, address).status_code))
+    thread.start()
+    assert called.wait(30)
+    assert client.get("/ofl/status").status_code == 200
+    go_on.set()
+    thread.join()
+    assert in_time == [True] and answers == [200]
+
+
+def test_only_annotators_store_drafts(
+    server: Any, client: TestClient, fake: FakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "MONAI_LABEL_AUTH_ENABLE", True)
+    user = User(username="ann", roles=[settings.MONAI_LABEL_AUTH_ROLE_USER])
+    monkeypatch.setitem(server.dependency_overrides, get_current_user, lambda: user)
+    stored: list[str] = []
+    studies = SimpleNamespace(store_draft=None)
+    monkeypatch.setattr("server.inference.dicomweb_studies", lambda: studies)
+    monkeypatch.setattr("server.inference.predict", lambda image, *_: stored.append(image))
+
+    def infer(switch: str) -> int:
+        params = json.dumps({"store_draft": switch})
+        return client.post("/infer/ofl_sam2?image=case_a", data={"params": params}).status_code
+
+    assert (infer("on"), infer("off"), stored) == (403, 200, [])
+    user.roles.append(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR)
+    assert (infer("on"), stored) == (200, ["case_a"])
+
+
 def test_save_label(client: TestClient, fake: FakeApp, tmp_path: Path) -> None:
     params = {"label_info": [{"name": "organ", "idx": 1}], "client_id": "ann"}
     answer = client.put(
@@ -321,6 +386,23 @@ def test_unfit_labels_are_refused_and_kept(client: TestClient, fake: FakeApp, tm
         assert str(tmp_path.parent) not in sentence(answer)
         assert len(fake.refused) == number
     assert not fake.datastore().saved
+
+
+@pytest.mark.parametrize(
+    ("value", "params", "named"),
+    [
+        (2, "{}", [{"name": "vessel", "idx": 2}]),
+        (2, '{"label_info": []}', [{"name": "vessel", "idx": 2}]),
+        (2, '{"label_info": [{"name": "node", "idx": 2}]}', [{"name": "node", "idx": 2}]),
+        (7, "{}", []),
+    ],
+)
+def test_values_without_names_are_those_of_the_app(
+    client: TestClient, fake: FakeApp, tmp_path: Path, value: int, params: str, named: list[dict[str, Any]]
+) -> None:
+    label = {"label": ("x.nrrd", label_file(tmp_path, value=value))}
+    assert client.put("/datastore/label?image=case_a", data={"params": params}, files=label).status_code == 200
+    assert fake.datastore().saved[0][3]["label_info"] == named
 
 
 def test_save_label_refuses_unfit_requests(client: TestClient, fake: FakeApp, tmp_path: Path) -> None:
@@ -436,6 +518,40 @@ def test_next_sample_names_a_file_to_load(client: TestClient, tmp_path: Path) ->
     assert sample["checksum"] == f"SHA256:{hashlib.sha256(image.read_bytes()).hexdigest()}"
 
 
+def test_next_sample_tells_what_is_known_once_the_image_is_here(client: TestClient, fake: FakeApp) -> None:
+    studies = fake.datastore()
+    del studies.info["case_a"]
+    studies.not_here["case_a"] = {"StudyInstanceUID": "1.2", "strategy": {"other": {"ts": 1}}}
+    sample = client.post("/activelearning/random", json={"client_id": "ann"}).json()
+    assert sample["StudyInstanceUID"] == "1.2" and sample["path"] == str(fake.folder / "image.nii.gz")
+    served = studies.info["case_a"]["strategy"]
+    assert served["other"] == {"ts": 1} and served["random"]["client_id"] == "ann" and served["random"]["ts"] > 1
+
+
+def test_next_sample_passes_over_what_cannot_be_read(
+    client: TestClient, fake: FakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies = fake.datastore()
+    find = studies.get_image_uri
+
+    def get_image_uri(image: str) -> str:
+        if image != "case b.1":
+            raise InputError("The series has a single slice.")
+        return find(image)
+
+    def next_sample(request: dict[str, Any]) -> dict[str, Any]:
+        return {"id": next((image for image in studies.info if "strategy" not in studies.info[image]), "case_a")}
+
+    monkeypatch.setattr(studies, "get_image_uri", get_image_uri)
+    monkeypatch.setattr(fake, "next_sample", next_sample)
+    assert client.post("/activelearning/random").json()["id"] == "case b.1"
+    assert "strategy" in studies.info["case_a"]
+    refused = client.post("/activelearning/random")
+    assert refused.status_code == 400 and "single slice" in sentence(refused)
+    monkeypatch.setattr(fake, "next_sample", lambda request: None)
+    assert client.post("/activelearning/random").json() == {}
+
+
 @pytest.mark.parametrize("address", ["/datastore/", "/datastore/image"])
 def test_images_are_added_under_safe_names(client: TestClient, fake: FakeApp, address: str) -> None:
     added = []
@@ -455,6 +571,38 @@ def test_tasks_are_checked_before_they_start(client: TestClient) -> None:
     assert client.post("/batch/infer/ofl_sam2", json={"label_tag": "../x"}).status_code == 400
     assert "quality" in sentence(client.post("/scoring/other", json={}))
     assert client.post("/train/ofl_sam2", content="{broken").status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("address", "params"),
+    [
+        ("/train/ofl_sam2", {"minutes": "abc"}),
+        ("/train/", {"ofl_sam2": {"minutes": "abc"}}),
+        ("/train/", {"ofl_sam2": {"max_epochs": [1]}}),
+        ("/train/", {"ofl_sam2": "abc"}),
+    ],
+)
+def test_training_options_are_checked_before_it_starts(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, address: str, params: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(
+        "monailabel.utils.async_tasks.task.AsyncTask.run", lambda *_, **options: pytest.fail("It was started.")
+    )
+    answer = client.post(address, json=params)
+    assert answer.status_code == 400 and sentence(answer)
+
+
+def test_all_models_are_trained_with_their_options(
+    client: TestClient, fake: FakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr(fake, "info", lambda: {"trainers": {"ofl_sam2": {}}})
+    monkeypatch.setattr(
+        "monailabel.utils.async_tasks.task.AsyncTask.run",
+        lambda kind, request, **options: started.append(request) or ({"id": 1}, None),
+    )
+    assert client.post("/train/", json={"ofl_sam2": {"minutes": "0.5"}}).json()["ofl_sam2"]["result"] == {"id": 1}
+    assert started == [{"model": "ofl_sam2", "minutes": "0.5"}]
 
 
 @pytest.mark.parametrize("address", ["/train/ofl_sam2", "/batch/infer/ofl_sam2", "/scoring/quality"])
@@ -491,6 +639,8 @@ def test_own_routes_are_described_once_and_dangerous_ones_are_gone(client: TestC
     assert not [path for path in paths if "wsi" in path]
     assert client.post("/reload").status_code in (404, 405)
     assert client.post("/infer/wsi_v2/ofl_sam2?image=x").status_code == 404
+    assert client.get("/proxy/dicom/qido/studies").status_code == 404
+    assert client.get("/proxy/dicom/%2e%2e/system").status_code == 404
 
 
 def test_viewer_is_served_from_its_folder_only(client: TestClient) -> None:
@@ -499,7 +649,7 @@ def test_viewer_is_served_from_its_folder_only(client: TestClient) -> None:
     assert client.get("/ohif/..%2F..%2F..%2F..%2F..%2F..%2Fetc%2Fpasswd").text == page
     settings = client.get("/ohif/app-config.js")
     assert settings.headers["content-type"].startswith("text/javascript")
-    assert "window.config" in settings.text and "ofl-sam2.export" in settings.text
+    assert "window.config" in settings.text and "ofl-sam2.repairs" in settings.text
 
 
 def test_cors_is_not_wider_than_monailabel(client: TestClient) -> None:

@@ -66,12 +66,22 @@ def test_copy_is_kept_until_the_image_changes(files: SingleFiles, tmp_path: Path
 def test_least_recently_used_copies_are_removed(tmp_path: Path) -> None:
     images = [frames(tmp_path / name) for name in "abc"]
     size = SingleFiles(tmp_path / "one", 0).of(images[0]).stat().st_size
-    bounded = SingleFiles(tmp_path / "copies", max_bytes=int(2.5 * size))
+    bounded = SingleFiles(tmp_path / "copies", max_bytes=int(2.5 * size), in_use_s=60)
     a, b = bounded.of(images[0]), bounded.of(images[1])
     os.utime(b, (1, 1))
     assert bounded.of(images[0]) == a
     c = bounded.of(images[2])
     assert a.exists() and c.exists() and not b.exists()
+
+
+def test_copies_in_use_stay_whatever_the_bound(tmp_path: Path) -> None:
+    bounded = SingleFiles(tmp_path / "copies", max_bytes=0)
+    handed_out = bounded.of(frames(tmp_path / "a"))
+    bounded.of(frames(tmp_path / "b"))
+    assert handed_out.exists()
+    os.utime(handed_out, (1, 1))
+    bounded.of(frames(tmp_path / "c"))
+    assert not handed_out.exists()
 
 
 def test_unreadable_image_is_refused_and_leaves_nothing(files: SingleFiles, tmp_path: Path) -> None:

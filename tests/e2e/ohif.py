@@ -176,7 +176,7 @@ class Viewer:
 
     def export(self, description: str) -> None:
         """Store the segmentation on the DICOM server under a series description; the export menu is open."""
-        self._page.get_by_role("menuitem", name="Export DICOM SEG").click()
+        self._page.get_by_role("menuitem", name="Export DICOM SEG").press("Enter")
         self._page.locator("[data-cy=input-undefined]").fill(description)
         with self._page.expect_response(lambda answer: answer.request.method == "POST") as stored:
             self._page.get_by_text("Save", exact=True).click()

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import threading
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -23,11 +24,12 @@ class SingleFiles:
 
     Args:
         folder: where the NIfTI files are kept.
-        max_bytes: bound on them; the least recently used goes first, the newest always stays.
+        max_bytes: bound on them; the least recently used go first.
+        in_use_s: seconds after its last use in which a file stays, whatever the bound; the newest always stays.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder, self._max_bytes = folder, max_bytes
+    def __init__(self, folder: Path, max_bytes: int, in_use_s: float = 600.0) -> None:
+        self._folder, self._max_bytes, self._in_use_s = folder, max_bytes, in_use_s
         self._lock = threading.Lock()
 
     def of(self, image: Path) -> Path:
@@ -53,7 +55,7 @@ class SingleFiles:
         left = self._max_bytes - newest.stat().st_size
         for path in sorted(others, key=lambda path: path.stat().st_mtime_ns, reverse=True):
             left -= path.stat().st_size
-            if left < 0:
+            if left < 0 and time.time() - path.stat().st_mtime >= self._in_use_s:
                 path.unlink()
 
 

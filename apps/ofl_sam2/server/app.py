@@ -10,8 +10,10 @@ from monailabel.endpoints import (
     batch_infer,
     datastore,
     infer,
+    info,
     model,
     ohif,
+    proxy,
     scoring,
     session,
     train,
@@ -20,7 +22,8 @@ from monailabel.endpoints import (
 from monailabel.interfaces.utils.app import app_instance
 
 _REFUSALS = ("lib.library", "ofl_sam2.errors")
-_REPLACED = (activelearning, batch_infer, datastore, infer, model, ohif, scoring, session, train)
+_REPLACED = (activelearning, batch_infer, datastore, infer, info, model, ohif, scoring, session, train)
+_REMOVED = (proxy, wsi_infer)
 
 
 def start() -> None:
@@ -41,14 +44,16 @@ def start() -> None:
 def install(app: FastAPI, own: list[APIRouter]) -> None:
     """Put our routes in the place of MONAI Label's routes of the same address and method.
 
-    Left out without replacement: slide inference, which reads any path, and `/reload`, which starts a second app.
+    Removed: slide inference, which reads any path; the proxy, which leads to more than the DICOMweb of a server; and
+    `/reload`, which starts a second app.
     """
     taken = {(route.path, method) for router in own for route in router.routes for method in route.methods}
     for module in _REPLACED:
         module.router.routes[:] = [
             route for route in module.router.routes if taken.isdisjoint((route.path, m) for m in route.methods)
         ]
-    wsi_infer.router.routes.clear()
+    for module in _REMOVED:
+        module.router.routes.clear()
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) != "/reload"]
     for router in own:
         app.include_router(router)

@@ -1,5 +1,6 @@
 """The parts that requests are made of, and who may send them."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import Body, Depends, File, Form, UploadFile
@@ -12,6 +13,16 @@ OptionalUpload = Annotated[UploadFile | None, File()]
 Params = Annotated[str, Form(description="a JSON object")]
 Options = Annotated[dict[str, Any] | None, Body()]
 
+_annotator = RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR)
 AnyUser = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))]
-Annotator = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))]
+Annotator = Annotated[User, Depends(_annotator)]
 Admin = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))]
+
+
+def require_annotator(user: User) -> None:
+    """As `Annotator`, where only some requests to a route store something; to be called in a worker thread.
+
+    Raises:
+        HTTPException: 403.
+    """
+    asyncio.run(_annotator(user))

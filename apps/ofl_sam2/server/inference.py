@@ -8,7 +8,7 @@ from fastapi import APIRouter, BackgroundTasks, HTTPException, Response
 from lib.infers.options import wants_draft
 from monailabel.endpoints import infer as monai
 
-from server.forms import AnyUser, OptionalUpload, Params
+from server.forms import AnyUser, OptionalUpload, Params, require_annotator
 from server.keys import check_upload, parse_params
 from server.lookup import app, require_image, require_session, require_task
 from server.predictions import dicomweb_studies, predict
@@ -40,7 +40,7 @@ def infer(
 ):
     """The result comes as form fields `params` (JSON) and `image` (label map), or only one of them by `output`.
 
-    With `store_draft` on in `params` it is also stored on the DICOMweb server.
+    With `store_draft` on in `params` it is also stored on the DICOMweb server, which takes the role of an annotator.
     """
     options = parse_params(params)
     require_task("model", app()._infers, model)
@@ -56,11 +56,14 @@ def infer(
         check_upload(label)
     if output == monai.ResultType.dicom_seg:
         return _dicom_seg(image, model, options)
-    draft = wants_draft(options) and dicomweb_studies()
+    drafts = None
+    if wants_draft(options):
+        require_annotator(user)
+        drafts = dicomweb_studies()
+        require_image(image)
     with queue.turn():
-        if draft:
-            require_image(image)
-            predict(image, model, options, draft.store_draft)
+        if drafts:
+            predict(image, model, options, drafts.store_draft)
         return monai.run_inference(background_tasks, model, image, session_id, json.dumps(options), file, label, output)
 
 

@@ -4,11 +4,14 @@ import shutil
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, HTTPException
 from lib.cases import FINAL, image_path, labelled_case
 
 from ofl_sam2.errors import InputError
+from ofl_sam2.files import read_labels
 from ofl_sam2.service.label_files import check_label_file
 from server.forms import Annotator, AnyUser, Params, Upload, Uploads
 from server.keys import check_name, parse_params, received
@@ -30,6 +33,8 @@ def save_label(user: Annotator, image: str, label: Upload, params: Params = "{}"
     with received(label, image) as path:
         if tag == FINAL:
             _check_label(image, path, details)
+            if not details.get("label_info"):
+                details["label_info"] = _own_names(path)
         label_id = app().datastore().save_label(image, str(path), tag, details)
     answer = app().on_save_label(image, label_id) or {}
     return {**answer, "image": image, "label": label_id}
@@ -44,6 +49,13 @@ def _check_label(image: str, path: Path, details: dict) -> None:
         sentence = str(error).replace(str(path), f"the label of '{image}'").replace(str(original), "the image")
         app().journal.record_refused(image, FINAL, path, details, sentence)
         raise InputError(sentence[0].upper() + sentence[1:]) from error
+
+
+def _own_names(path: Path) -> list[dict[str, Any]]:
+    """Names of a label's values that are the app's own; none if the structure of a value was merged into another."""
+    names = {value: name for name, value in app().registry.names().items()}
+    values = [int(value) for value in np.unique(read_labels(path).voxels) if value]
+    return [{"name": names[value], "idx": value} for value in values] if names.keys() >= set(values) else []
 
 
 @router.put(

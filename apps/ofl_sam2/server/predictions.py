@@ -8,9 +8,11 @@ from typing import Any
 from fastapi import HTTPException
 from lib.datastores.dicomweb import JournaledDICOMWebDatastore
 from lib.datastores.segmentation import Prediction
+from lib.infers.options import read_options
 from pydicom.dataset import Dataset
 
 from ofl_sam2.errors import InputError
+from ofl_sam2.settings import Settings
 from server.lookup import app
 
 
@@ -50,12 +52,13 @@ def predict(
     try:
         if not params["label_names"]:
             raise InputError(f"No learned structure was found in {image}, so there is nothing to make a DICOM SEG of.")
-        return make(image, file, _names(params), Prediction(model, params["snapshot"])), params
+        return make(image, file, _names(params, options), Prediction(model, params["snapshot"])), params
     finally:
         os.unlink(file)
 
 
-def _names(params: dict[str, Any]) -> dict[int, str]:
+def _names(params: dict[str, Any], options: dict[str, Any]) -> dict[int, str]:
     """Value -> name of all learned structures, or of the only one that was asked for, whose value is 1."""
-    shown, learned = params["label_names"].items(), params["structures"].items()
-    return {value: name for name, value in (learned if shown <= learned else shown)}
+    asked_for = read_options(options, Settings(), app().options.device).structure
+    names = params["structures"] if asked_for is None else params["label_names"]
+    return {value: name for name, value in names.items()}

@@ -1,5 +1,5 @@
 """All routes of our own."""
 
-from server import drafts, images, inference, labels, models, ofl, ohif, tasks
+from server import drafts, images, inference, labels, models, ofl, ohif, proxy, studies, tasks
 
-ROUTERS = [module.router for module in (drafts, images, inference, labels, models, ofl, ohif, tasks)]
+ROUTERS = [module.router for module in (drafts, images, inference, labels, models, ofl, ohif, proxy, studies, tasks)]

@@ -1,8 +1,13 @@
 """Training, batch inference and the choice of the next image, checked before MONAI Label starts them."""
 
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
 import torch
 from fastapi import APIRouter, HTTPException
-from monailabel.endpoints import activelearning as monai_activelearning
+from lib.trainers.ofl_sam2 import read_settings
 from monailabel.endpoints import batch_infer as monai_batch
 from monailabel.endpoints import scoring as monai_scoring
 from monailabel.endpoints import train as monai_train
@@ -10,23 +15,59 @@ from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.others.generic import file_checksum
 
+from ofl_sam2.errors import InputError
 from server.forms import Admin, Annotator, AnyUser, Options
 from server.images import single_file
 from server.keys import check_params
 from server.lookup import app, require_task
 
+logger = logging.getLogger(__name__)
+
 router = APIRouter()
+_CANDIDATES = 10
 
 
 @router.post("/activelearning/{strategy}", tags=["ActiveLearning"], summary="The next image to label, {} when none")
 def next_sample(user: AnyUser, strategy: str, params: Options = None):
     """With `path`, `name` and `checksum` of the file to load; clients without access to `path` download it."""
     require_task("strategy", app()._strategies, strategy)
-    sample = monai_activelearning.sample(strategy, params, user.username)
-    if not sample:
+    options = params or {}
+    found = _readable_sample({**options, "strategy": strategy})
+    if found is None:
         return {}
-    path, name = single_file(sample["id"])
-    return {**sample, "path": str(path), "name": name, "checksum": file_checksum(path)}
+    sample, path, name = found
+    info = _note_served(sample["id"], strategy, options.get("client_id", user.username))
+    return {**sample, **info, "path": str(path), "name": name, "checksum": file_checksum(path)}
+
+
+def _readable_sample(request: dict[str, Any]) -> tuple[dict[str, Any], Path, str] | None:
+    """What a strategy chooses, and path and name of its file; some images that cannot be read are passed over.
+
+    Raises:
+        InputError: none of them could be read.
+    """
+    tried = 0
+    while sample := app().next_sample(request):
+        try:
+            return sample, *single_file(sample["id"])
+        except InputError as error:
+            tried += 1
+            if tried == _CANDIDATES:
+                raise
+            logger.warning("Image %s is not handed out: %s", sample["id"], error)
+            _note_served(sample["id"], request["strategy"], None)
+    return None
+
+
+def _note_served(image: str, strategy: str, client: str | None) -> dict[str, Any]:
+    """Note that a strategy chose an image, so that others come first from now on; return what is known about it."""
+    studies = app().datastore()
+    info = studies.get_image_info(image)
+    if info:
+        served = {"strategy": {**info.get("strategy", {}), strategy: {"ts": int(time.time()), "client_id": client}}}
+        studies.update_image_info(image, served)
+        info = {**info, **served}
+    return info
 
 
 @router.post("/train/{model}", tags=["Train"], summary="Train on all final labels")
@@ -34,9 +75,22 @@ def train(user: Admin, model: str, params: Options = None, run_sync: bool = Fals
     """A task in a process of its own; GET /train/ tells how far it is."""
     require_task("trainer", app()._trainers, model)
     check_params(params or {})
+    read_settings(params or {})
     if not enqueue:
         _require_idle("train", "training", "/train/")
     return monai_train.run_model(model, params, run_sync, enqueue)
+
+
+@router.post("/train/", include_in_schema=False)
+def train_all(user: Admin, params: Options = None, run_sync: bool = False):
+    """As `train` for every model, with the options of each under its name; OHIF's *Update Model*."""
+    for model in app()._trainers:
+        options = (params or {}).get(model) or {}
+        if not isinstance(options, dict):
+            raise InputError(f"The options of '{model}' are no JSON object. Send one such as {{}}.")
+        check_params(options)
+        read_settings(options)
+    return monai_train.run(params, run_sync)
 
 
 @router.post("/batch/infer/{model}", tags=["Infer"], summary="Segment many images")

@@ -55,7 +55,7 @@ class OFLSAM2Trainer(TrainTask):
         Raises:
             InputError: no label has been saved yet, or options that are no numbers.
         """
-        settings = _settings(request)
+        settings = read_settings(request)
         self._stats.begin(settings.epochs or 1)
         try:
             self._train(settings, datastore)
@@ -133,7 +133,7 @@ def _learn_all(
     return names, left_out
 
 
-def _settings(request: dict[str, Any]) -> TrainingSettings:
+def read_settings(request: dict[str, Any]) -> TrainingSettings:
     """What the request asks for.
 
     Raises:
