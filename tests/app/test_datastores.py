@@ -486,3 +486,28 @@ def test_of_two_files_the_newest_is_the_label_and_a_removal_removes_both(start, 
     assert value(store) == 2
     store.remove_label("a", "final")
     assert start().get_labeled_images() == []
+
+
+@pytest.mark.parametrize("lost", ["labels", "labels/final", "labels/final/*"])
+def test_labels_that_are_all_gone_at_once_are_put_back(start, label, studies, caplog, lost):
+    store = start()
+    for image_id in ("a", "c"):
+        store.save_label(image_id, str(label()), "final", {"label_info": []})
+    before = store.json()
+    for path in studies.glob(lost):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    store.refresh()
+    assert "gone at once" in caplog.text and store.get_labeled_images() == ["a", "c"]
+    assert value(store) == 1 and store.json() == before and len(store.told) == 2
+    store.remove_label("a", "final")
+    assert start().get_labeled_images() == ["c"]
+
+
+def test_studies_that_are_gone_delete_no_label(start, label, studies):
+    store = start()
+    store.save_label("a", str(label()), "final", {})
+    studies.rename(studies.with_name("elsewhere"))
+    studies.mkdir()
+    with pytest.raises(FileNotFoundError):
+        store.refresh()
+    assert set(store._journal.latest()) == {KEY} and list(studies.glob("[!.]*")) == []

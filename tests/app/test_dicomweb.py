@@ -29,6 +29,7 @@ from ofl_sam2.files import read_labels, read_volume, write_labels
 from ofl_sam2.service.journal import LabelJournal
 
 FINAL = "final"
+TIMES = ("ContentDate", "ContentTime", "TimezoneOffsetFromUTC")
 NAMES = {2: "liver", 3: "unused", 5: "spleen"}
 INFO = [{"name": name, "idx": value} for value, name in NAMES.items()]
 
@@ -67,7 +68,7 @@ class Server:
         yield from self._matching("retrieve", StudyInstanceUID=study, SeriesInstanceUID=series)
 
     def retrieve_series_metadata(self, study, series):
-        names = ("ReferencedSeriesSequence", "ContentDate", "ContentTime", "Manufacturer", "ContentLabel")
+        names = ("ReferencedSeriesSequence", *TIMES, "Manufacturer", "ContentLabel")
         return [_header(i, *names) for i in self._matching("metadata", SeriesInstanceUID=series)]
 
     def store_instances(self, datasets):
@@ -113,6 +114,8 @@ def start(server, tmp_path):
         store.on_label = lambda image_id, event: store.told.append((image_id, event.sha256))
         if reconcile:
             store.reconcile()
+        if reconcile and not server.offline:
+            store.refresh()
         stores.append(store)
         return store
 
@@ -143,7 +146,7 @@ def test_series_of_the_usual_modalities_are_listed(server, start):
 
 
 def test_a_series_whose_uid_is_no_name_is_not_listed(server, start):
-    for instance, uid in zip(server.instances[::6], ("", "../1", "1/2"), strict=True):
+    for instance, uid in zip(server.instances[::6], ("labels", "../1", "1/2"), strict=True):
         instance.SeriesInstanceUID = uid
     assert len(start().list_images()) == 2
 
@@ -237,7 +240,7 @@ def test_segmentations_of_others_are_taken_in_once_and_the_newest_counts(server,
     store.remove_label(uid, FINAL)
     store.refresh()
     assert start().get_labeled_images() == []
-    assert len(store.told) == 2 and len(server.segmentations()) == 2
+    assert len(store.told) == 1 and len(server.segmentations()) == 2
 
 
 def test_a_segmentation_in_another_grid_is_refused_once(server, start, upload, caplog):
@@ -346,6 +349,11 @@ def test_unknown_images_and_uploads_of_images_are_refused(start, upload, tmp_pat
         store.save_label("1.2.3", label, FINAL, {})
     with pytest.raises(InputError, match="Store the images there"):
         store.add_image("x", label, {})
+    uid = store.list_images()[0]
+    store.save_label(uid, label, FINAL, {})
+    with pytest.raises(InputError, match="Delete the images there"):
+        store.remove_image(uid)
+    assert store.get_labeled_images() == [uid]
 
 
 def test_labels_of_others_are_seen_while_the_server_runs(server, start, upload):
@@ -385,10 +393,9 @@ def test_connect_takes_the_settings(monkeypatch, tmp_path):
     assert store.name() == "http://127.0.0.1:9/dicom-web"
     client = store._archive._client
     assert client.qido_url_prefix == "qido" and client._session.auth == ("alice", "secret")
-    assert [wanted["Modality"] for wanted in store._filters] == ["CT", "MR", "US"]
-    monkeypatch.setenv("MONAI_LABEL_DICOMWEB_SEARCH_FILTER", '{"Modality": "PT"}')
+    assert [wanted["Modality"] for wanted in store._catalog._filters] == ["CT", "MR", "US"]
     monkeypatch.setattr(settings, "MONAI_LABEL_DICOMWEB_SEARCH_FILTER", {"Modality": "PT"})
-    assert connect("http://127.0.0.1:9", tmp_path / "cache", journal)._filters == [{"Modality": "PT"}]
+    assert connect("http://127.0.0.1:9", tmp_path / "cache", journal)._catalog._filters == [{"Modality": "PT"}]
 
 
 def test_all_pages_of_a_server_that_limits_its_answers_are_listed(server, start):
@@ -525,3 +532,274 @@ def test_what_goes_wrong_on_the_server_is_one_sentence(server, monkeypatch, erro
     with pytest.raises(ArchiveError, match=sentence) as said:
         Archive(server).series({})
     assert said.value.status == status and "secret" not in str(said.value)
+
+
+def made(segmentation, year):
+    segmentation.ContentDate = f"{year}0101"
+    return segmentation
+
+
+def moved(label: Path) -> Path:
+    """Another label of the same image."""
+    target, before = label.with_name("moved.nii.gz"), nib.load(label)
+    nib.save(nib.Nifti1Image(np.roll(np.asarray(before.dataobj), 1, axis=0), before.affine), target)
+    return target
+
+
+@pytest.mark.parametrize("year", [2001, 2099])
+def test_a_segmentation_replaces_the_label_only_if_it_was_made_later(server, start, upload, year):
+    store = start()
+    uid = store.list_images()[0]
+    label = Path(upload(store, uid))
+    store.save_label(uid, str(label), FINAL, {"label_info": INFO})
+    saved = store._journal.latest()[uid, FINAL]
+    server.instances.append(made(store.segmentation(uid, moved(label), NAMES), year))
+    store.refresh()
+    assert (store._journal.latest()[uid, FINAL] == saved) == (year == 2001)
+    assert len(store._journal.refusals()) == (year == 2001)
+    later = made(store.segmentation(uid, label, NAMES), 2100)
+    server.instances += [later, made(store.segmentation(uid, label, NAMES), 2090)]
+    store.refresh()
+    assert store._journal.latest()[uid, FINAL].details["SeriesInstanceUID"] == later.SeriesInstanceUID
+
+
+@pytest.mark.parametrize(
+    ("clock", "offset", "instant"),
+    [
+        ("101010", "+0200", "2020-01-01T08:10:10.000+00:00"),
+        ("1010", "-0100", "2020-01-01T11:10:00.000+00:00"),
+        ("101010.25", "+0000", "2020-01-01T10:10:10.250+00:00"),
+        ("later", "", ""),
+    ],
+)
+def test_the_time_of_a_segmentation_is_read(server, start, upload, clock, offset, instant):
+    store = start()
+    uid = store.list_images()[0]
+    segmentation = made(store.segmentation(uid, Path(upload(store, uid)), NAMES), 2020)
+    segmentation.ContentTime, segmentation.TimezoneOffsetFromUTC = clock, offset
+    server.instances.append(segmentation)
+    (found,) = store._foreign.new()
+    assert found.made == instant
+
+
+def test_a_time_without_an_offset_is_the_later_of_here_and_utc(server, start, upload, monkeypatch):
+    store = start()
+    uid = store.list_images()[0]
+    server.instances.append(made(store.segmentation(uid, Path(upload(store, uid)), NAMES), 2020))
+    server.instances[-1].ContentTime = "120000"
+    for zone, hour in (("UTC-3", 12), ("UTC+3", 15)):  # as POSIX writes them: 3 hours east, 3 hours west
+        with monkeypatch.context() as patch:
+            patch.setenv("TZ", zone)
+            time.tzset()
+            store._foreign._described.clear()
+            (found,) = store._foreign.new()
+        time.tzset()
+        assert found.made == f"2020-01-01T{hour}:00:00.000+00:00"
+
+
+def test_a_save_that_failed_is_not_taken_in_later(server, start, upload, monkeypatch):
+    store = start()
+    uid = store.list_images()[0]
+    label = Path(upload(store, uid))
+
+    def store_instances(datasets):
+        server.instances += datasets
+        raise requests.Timeout("read timed out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "store_instances", store_instances)
+        with pytest.raises(ArchiveError, match="does not answer"):
+            store.save_label(uid, str(label), FINAL, {"label_info": INFO})
+    store.save_label(uid, str(moved(label)), FINAL, {"label_info": INFO})
+    latest = store._journal.latest()
+    store.refresh()
+    assert store._journal.latest() == latest and len(server.segmentations()) == 2 and len(store.told) == 1
+
+
+def test_headers_that_no_segmentation_can_refer_to_are_said_and_keep_no_other_label_back(server, start, upload):
+    store = start()
+    broken, whole = store.list_images()
+    for instance in server.instances:
+        if instance.SeriesInstanceUID == broken:
+            del instance.SOPClassUID
+    with pytest.raises(InputError, match="Repair its headers"):
+        store.save_label(broken, upload(store, broken), FINAL, {"label_info": INFO})
+    assert store._journal.pending() == []
+    store._journal.record_save(broken, FINAL, Path(upload(store, broken)), {"SeriesInstanceUID": "1.2.3"})
+    server.instances.append(store.segmentation(whole, Path(upload(store, whole)), NAMES))
+    again = start()
+    assert again.get_labeled_images() == [whole]
+
+
+def test_an_error_of_whatever_kind_gives_a_save_up(server, start, upload, monkeypatch):
+    store = start()
+    uid = store.list_images()[0]
+    monkeypatch.setattr(store, "_publish", lambda event: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        store.save_label(uid, upload(store, uid), FINAL, {"label_info": INFO})
+    assert store._journal.pending() == [] and store._journal.latest() == {}
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        [{"00081115": {"vr": "SQ", "Value": ["x"]}}],
+        [{"00081115": {"vr": "SQ", "Value": [{"0020000E": {"vr": "UI", "Value": [7]}}]}}],
+        [{"00081115": {"vr": "XX", "Value": [1]}}],
+        [{"00081115": None}],
+        ["x"],
+        {"a": 1},
+    ],
+)
+def test_a_segmentation_with_junk_in_its_header_keeps_no_other_back(server, start, upload, monkeypatch, caplog, junk):
+    store = start()
+    uid = store.list_images()[0]
+    label = Path(upload(store, uid))
+    bad, good = store.segmentation(uid, label, NAMES), store.segmentation(uid, label, NAMES)
+    server.instances += [bad, good]
+    metadata = server.retrieve_series_metadata
+    monkeypatch.setattr(
+        server, "retrieve_series_metadata", lambda st, se: junk if se == bad.SeriesInstanceUID else metadata(st, se)
+    )
+    store.refresh()
+    store.refresh()
+    assert store._journal.latest()[uid, FINAL].details["SeriesInstanceUID"] == good.SeriesInstanceUID
+    assert caplog.text.count("is not looked at until later") + caplog.text.count("no series ''") <= 1
+
+
+def test_a_damaged_entry_keeps_no_series_out_of_the_list(server, start, monkeypatch):
+    search = server.search_for_series
+    monkeypatch.setattr(server, "search_for_series", lambda **wanted: [*search(**wanted), {"0020000E": 1}, "x"])
+    assert len(start(reconcile=False).list_images()) == 2
+
+
+def test_a_segmentation_that_cannot_be_learned_is_refused(server, start, upload):
+    store = start()
+    uid = store.list_images()[0]
+    label = Path(upload(store, uid))
+    store.save_label(uid, str(label), FINAL, {"label_info": INFO})
+    latest = store._journal.latest()
+
+    def check(image_id, path, names):
+        assert image_id == uid and read_labels(path).voxels.any() and names[0] == {"name": "liver", "idx": 1}
+        raise InputError(f"{path} names one structure twice.")
+
+    store.check = check
+    server.instances.append(made(store.segmentation(uid, label, NAMES), 2099))
+    store.refresh()
+    ((_, reason),) = store._journal.refusals()
+    assert reason == "the segmentation names one structure twice." and store._journal.latest() == latest
+
+
+def test_a_label_that_cannot_be_put_back_is_not_deleted(server, start, upload, tmp_path, monkeypatch):
+    store = start()
+    uid = store.list_images()[0]
+    store.save_label(uid, upload(store, uid), FINAL, {"label_info": INFO})
+    latest = store._journal.latest()
+    shutil.rmtree(next((tmp_path / "cache").iterdir()) / "labels")
+
+    def full(source, target):
+        raise OFLError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.datastores.local.copy_label", full)
+        again = start()
+    assert again._journal.latest() == latest and again._journal.blob(latest[uid, FINAL]).exists()
+    again.refresh()
+    assert again.get_labeled_images() == [uid] and again.told == []
+
+
+def test_a_copy_that_could_not_be_converted_leaves_nothing(start, monkeypatch):
+    store = start()
+    uid = store.list_images()[0]
+
+    def full(image, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.datastores.copies.nib.save", full)
+        with pytest.raises(OFLError, match="the disk is full"):
+            store.get_image_uri(uid)
+    assert not store._copies.files(uid).exists() and store._copies.uids() == []
+    assert read_volume(store.get_image_uri(uid)).grid == (12, 10, 6)
+
+
+def test_a_start_does_not_wait_for_the_server(server, start, upload):
+    store = start()
+    uid = store.list_images()[0]
+    label = Path(upload(store, uid))
+    server.instances.append(store.segmentation(uid, label, NAMES))
+    store._journal.record_save(uid, FINAL, label, {"SeriesInstanceUID": "1.2.3", "label_info": INFO})
+    server.calls.clear()
+    again = start(reconcile=False)
+    again.reconcile()
+    assert server.calls == []
+    again.watch(period_s=600)
+    limit = time.monotonic() + 60
+    while not again.told:
+        assert time.monotonic() < limit, "nothing happened"
+        time.sleep(0.05)
+
+
+def test_the_list_can_be_read_while_a_label_goes_to_the_server(server, start, upload, monkeypatch):
+    store = start()
+    uid = store.list_images()[0]
+    label, stored, read = upload(store, uid), threading.Event(), threading.Event()
+
+    def store_instances(datasets):
+        stored.set()
+        assert read.wait(60)
+        server.instances += datasets
+        return Dataset()
+
+    monkeypatch.setattr(server, "store_instances", store_instances)
+    saving = threading.Thread(target=store.save_label, args=(uid, label, FINAL, {"label_info": INFO}))
+    saving.start()
+    assert stored.wait(60)
+    assert store.json()["objects"][uid]["labels"] == {}
+    read.set()
+    saving.join()
+    assert store.get_labeled_images() == [uid]
+
+
+def test_a_server_that_lets_one_wait_is_not_asked_again_at_once(server, start, monkeypatch):
+    store = start(expiry_s=0)
+    asked = []
+
+    def search_for_series(**wanted):
+        asked.append(wanted)
+        time.sleep(0.5)
+        raise requests.ConnectTimeout("timed out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "search_for_series", search_for_series)
+        for _ in range(3):
+            with pytest.raises(ArchiveError, match="does not answer"):
+                store.list_images()
+    assert len(asked) == 1
+    time.sleep(0.6)
+    assert len(store.list_images()) == 2
+
+
+def test_a_segmentation_of_a_series_that_is_not_listed_is_logged_once(server, start, upload, caplog):
+    store = start()
+    uid = store.list_images()[0]
+    stranger = store.segmentation(uid, Path(upload(store, uid)), NAMES)
+    stranger.ReferencedSeriesSequence[0].SeriesInstanceUID = "1.2.3"
+    server.instances.append(stranger)
+    store.refresh()
+    store.refresh()
+    assert caplog.text.count("no series '1.2.3'") == 1
+
+
+def test_the_app_says_which_segmentations_it_refused(server, make_app, monkeypatch, upload):
+    monkeypatch.setattr("lib.datastores.dicomweb.open_archive", lambda url: Archive(server))
+    app = make_app(server=True, source="http://dicomweb.test")
+    store = app.datastore()
+    uid = store.list_images()[0]
+    twice = store.segmentation(uid, Path(upload(store, uid)), {2: "lesion", 5: "lesion"})
+    server.instances.append(twice)
+    store.refresh()
+    (refused,) = app.status()["refused"]
+    assert refused["image"] == uid and refused["series"] == twice.SeriesInstanceUID
+    assert "lesion" in refused["reason"] and store.get_labeled_images() == []

@@ -130,6 +130,25 @@ def test_headers_without_what_dicom_demands_are_completed(case):
     np.testing.assert_array_equal(case.back(case.make())[0] > 0, case.labels > 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PatientBirthDate", "00000000"), ("StudyDate", "unknown"), ("StudyTime", "25:61:00"), ("StudyTime", None)],
+)
+def test_dates_that_anonymisers_damaged_are_left_blank(case, name, value):
+    for header in case.headers:
+        setattr(header, name, value)
+    stored = case.make()
+    assert not stored[name].value
+    np.testing.assert_array_equal(case.back(stored)[0] > 0, case.labels > 0)
+
+
+def test_headers_that_a_segmentation_cannot_refer_to_are_said(case):
+    for header in case.headers:
+        del header.SOPClassUID
+    with pytest.raises(InputError, match=r"cannot refer to series .* Repair its headers"):
+        case.make()
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_slices_become_one_frame_of_reference(case, known):
     for header in case.headers:

@@ -103,7 +103,7 @@ def test_a_label_goes_there_and_back(connect, upload, archive, tmp_path, orienta
     (stored,) = archive.series("SEG", instances[0].StudyInstanceUID)
     assert stored["SeriesDescription"] == "OFL-SAM2 label"
     other = connect(instances, "another")
-    other.reconcile()
+    other.refresh()
     assert np.count_nonzero(final(other, uid) != labels) == 0
     assert other.get_label_info(uid, FINAL)["label_info"] == INFO
 
@@ -116,7 +116,7 @@ def test_a_cache_that_was_deleted_comes_back(connect, upload, tmp_path):
     store.save_label(uid, str(tmp_path / "label.nii.gz"), FINAL, {"label_info": INFO})
     shutil.rmtree(tmp_path / "one" / "cache")
     again = connect(instances)
-    again.reconcile()
+    again.refresh()
     assert uid in again.get_labeled_images() and again.told == []
     again.get_image_uri(uid)
     again.refresh()
@@ -148,7 +148,7 @@ def test_the_segmentation_of_another_program_is_noticed_and_a_draft_is_not(conne
     instances = make_series()
     uid = upload(instances)
     store = connect(instances)
-    store.reconcile()
+    store.refresh()
     labels = drawn(store, uid, tmp_path / "label.nii.gz")
     draft = store.store_draft(uid, tmp_path / "label.nii.gz", NAMES, Prediction("ofl_sam2", 3))
     store.refresh()

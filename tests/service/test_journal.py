@@ -87,6 +87,7 @@ def test_a_refused_label_is_kept_but_does_not_count(journal, label):
     assert journal.blob(refused).read_text() == "bad"
     assert journal.latest() == {first.key: first} and journal.pending() == []
     assert json.loads(lines(journal)[-1])["reason"] == "another grid"
+    assert journal.refusals() == [(refused, "another grid")] and journal.history() == [first, refused]
 
 
 def test_contents_go_when_their_labels_are_replaced_given_up_or_deleted(journal, label, tmp_path):
@@ -100,7 +101,7 @@ def test_contents_go_when_their_labels_are_replaced_given_up_or_deleted(journal,
     assert contents(journal) == ["four", "one"]
     journal.record_delete("b", "final")
     journal.record_delete("a", "final")
-    assert contents(journal) == [] and [event.image for event in journal.history()] == ["a", "b", "a"]
+    assert contents(journal) == [] and [event.image for event in journal.history()] == ["a", "a", "a", "b", "a"]
     assert LabelJournal(tmp_path / "journal").latest() == {}
 
 
@@ -154,6 +155,28 @@ def test_damaged_lines_are_passed_over_with_a_warning(journal, label, tmp_path, 
     second = save(journal, label("two"), "b")
     assert LabelJournal(tmp_path / "journal").latest() == {first.key: first, second.key: second}
     assert caplog.text.count("damaged line") == 10
+
+
+def test_a_damaged_journal_removes_no_content(journal, label, tmp_path):
+    save(journal, label("one"))
+    with journal._path.open("ab") as file:
+        file.write(b"torn\n")
+    save(journal, label("two"))
+    LabelJournal(tmp_path / "journal").prune()
+    assert contents(journal) == ["one", "two"]
+
+
+def test_content_without_a_line_is_removed_later(journal, label, tmp_path, monkeypatch):
+    def full(file, end, content):
+        raise OFLError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ofl_sam2.service.journal._write_at", full)
+        with pytest.raises(OFLError, match="disk is full"):
+            journal.record_save("a", "final", label("one"), {})
+    (journal._blobs / ".0a.partial.x.nii.gz").write_text("torn")
+    LabelJournal(tmp_path / "journal").prune()
+    assert contents(journal) == []
 
 
 def test_a_full_disk_leaves_the_journal_as_it_was(journal, label, monkeypatch):

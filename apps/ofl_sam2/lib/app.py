@@ -20,7 +20,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.sessions import Sessions
 
-from lib.cases import FINAL, image_path, read_case
+from lib.cases import FINAL, image_path, labelled_case, read_case
 from lib.configs.ofl_sam2 import OFLSAM2
 from lib.datastores.dicomweb import JournaledDICOMWebDatastore, connect
 from lib.datastores.local import JournaledLocalDatastore
@@ -29,10 +29,11 @@ from lib.options import Options
 from lib.workspace import Workspace
 from ofl_sam2 import __version__
 from ofl_sam2.errors import InputError, OFLError
-from ofl_sam2.service.journal import LabelJournal
+from ofl_sam2.service.journal import LabelEvent, LabelJournal
 from ofl_sam2.service.learning import LearningService
 
 _NAME = "ofl_sam2"
+_REFUSED = 5
 _DESCRIPTION = "Learns structures from the labels you save and segments the other images without prompts"
 
 
@@ -126,6 +127,8 @@ class OFLSAM2App(MONAILabelApp):
         studies = self.datastore()
         studies.on_label = lambda image_id, event: self.service.learn(image_id, event.sha256)
         studies.on_delete = self.service.forget
+        if isinstance(studies, JournaledDICOMWebDatastore):
+            studies.check = self._check_label
         studies.reconcile()
         self.journal.prune()
         latest = self.journal.latest()
@@ -179,7 +182,7 @@ class OFLSAM2App(MONAILabelApp):
         return {"label": label, "tag": tag, "file": file, "params": params}
 
     def status(self) -> dict[str, Any]:
-        """What is served, learned and running, as plain values for JSON."""
+        """What is served, learned and running, and which labels were refused last, as plain values for JSON."""
         learning = self.service.status()
         return {
             "version": __version__,
@@ -188,7 +191,12 @@ class OFLSAM2App(MONAILabelApp):
             "jobs": [job.to_dict() for job in self.jobs.list()],
             "device": self.options.device,
             "learning": learning,
+            "refused": [_refusal(event, reason) for event, reason in self.journal.refusals()[-_REFUSED:]],
         }
+
+    def _check_label(self, image_id: str, label: Path, label_info: list[dict[str, Any]]) -> None:
+        """Refuse a label that cannot be learned from."""
+        labelled_case(image_id, image_path(self.datastore(), image_id), label, label_info, self.registry)
 
     def _first_is_learned(self) -> bool:
         labelled = any(tag == FINAL for _, tag in self.journal.latest())
@@ -200,3 +208,8 @@ class OFLSAM2App(MONAILabelApp):
             return None
         folder = settings.MONAI_LABEL_SESSION_PATH or str(self.workspace.cache_folder / "sessions")
         return Sessions(folder, settings.MONAI_LABEL_SESSION_EXPIRY)
+
+
+def _refusal(event: LabelEvent, reason: str) -> dict[str, str | None]:
+    series = event.details.get("SeriesInstanceUID")
+    return {"image": event.image, "series": series, "sha256": event.sha256, "time": event.time, "reason": reason}

@@ -2,8 +2,8 @@
 
 A label is saved in two steps. `record_save` stores its content as a blob and the intent as a line; the caller then puts
 the label where it belongs and says so with `record_written`. A save without that is `pending`: it can be completed from
-its blob. Each line is on disk before the call returns. Lines stay for ever; a blob goes once a line on disk says that
-its label was replaced, deleted or given up. Any number of processes may read; those that write take turns.
+its blob. Each line is on disk before the call returns. Lines stay for ever; a blob that no label needs any more goes.
+Any number of processes may read; those that write take turns.
 """
 
 import errno
@@ -112,7 +112,7 @@ class LabelJournal:
             OFLError: it cannot be written; the journal is as before.
         """
         check_label_file(source)
-        return self._record("save", image, tag, source, details)
+        return self._record({"event": "save"}, image, tag, source, details)
 
     def record_refused(self, image: str, tag: str, source: Path, details: dict[str, Any], reason: str) -> LabelEvent:
         """Keep the content of a label that is not taken, and why; the label saved before stays the latest.
@@ -122,7 +122,7 @@ class LabelJournal:
         Raises:
             InputError, OFLError: as `record_save`.
         """
-        return self._record("refused", image, tag, source, details, reason=reason)
+        return self._record({"event": "refused", "reason": reason}, image, tag, source, details)
 
     def record_written(self, event: LabelEvent) -> None:
         """Note that the label of a save is in its place: it is the latest from now on."""
@@ -149,10 +149,16 @@ class LabelJournal:
             return list(self._pending.values())
 
     def history(self) -> list[LabelEvent]:
-        """Every label that was ever written or refused, oldest first; most have no blob any more."""
+        """Every label that somebody ever saved, also in vain, oldest first; most have no blob any more."""
         with self._guard:
             self._read_new()
             return list(self._history)
+
+    def refusals(self) -> list[tuple[LabelEvent, str]]:
+        """Every label that was refused and the reason, oldest first."""
+        with self._guard:
+            self._read_new()
+            return list(self._refusals)
 
     def blob(self, event: LabelEvent) -> Path:
         """File or folder with the content of a label.
@@ -168,26 +174,24 @@ class LabelJournal:
         return path
 
     def prune(self) -> None:
-        """Remove the blobs of labels that were replaced, deleted or given up; one that resists is tried again."""
+        """Remove the blobs that no label needs; one that resists is tried again. A damaged journal removes none."""
         with self._guard, self._file_lock:
             self._read_new()
+            if self._damaged:
+                return
             needed = {event.blob for event in (*self._latest.values(), *self._pending.values())}
             needed |= {event.blob for refused in self._refused.values() for event in refused}
-            for path in (self._blobs / blob for blob in self._obsolete - needed):
+            for path in [path for path in self._blobs.glob("*") if path.name not in needed]:
                 try:
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
                 except OSError as error:
-                    logger.warning("%s, a label that was replaced or deleted, stays for now: %s", path, error)
-                    needed.add(path.name)
-            self._obsolete &= needed
+                    logger.warning("%s, a label that nothing needs, stays for now: %s", path, error)
 
-    def _record(
-        self, kind: str, image: str, tag: str, source: Path, details: dict[str, Any], **more: str
-    ) -> LabelEvent:
+    def _record(self, line: dict[str, str], image: str, tag: str, source: Path, details: dict[str, Any]) -> LabelEvent:
         """Store a label and append a line about it, while nobody removes blobs."""
         with self._guard, self._file_lock:
             event = self._store(image, tag, source, details)
-            self._append({"event": kind, **vars(event), **more})
+            self._append({**line, **vars(event)})
         return event
 
     def _store(self, image: str, tag: str, source: Path, details: dict[str, Any]) -> LabelEvent:
@@ -222,42 +226,38 @@ class LabelJournal:
                 self._apply(json.loads(line))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 logger.warning("%s holds a damaged line, which is passed over: %s", self._path, error)
+                self._damaged = True
         self._end += len(whole)
 
     def _forget(self) -> None:
-        self._end = 0
+        self._end, self._damaged = 0, False
         self._latest: dict[Key, LabelEvent] = {}
         self._pending: dict[Key, LabelEvent] = {}
         self._refused: defaultdict[Key, list[LabelEvent]] = defaultdict(list)
-        self._obsolete: set[str] = set()
+        self._refusals: list[tuple[LabelEvent, str]] = []
         self._history: list[LabelEvent] = []
 
     def _apply(self, line: dict[str, Any]) -> None:
         kind = line.pop("event")
         if kind == "save":
             event = LabelEvent(**line)
-            self._drop(self._pending.pop(event.key, None))
+            self._pending.pop(event.key, None)
             self._pending[event.key] = event
+            self._history.append(event)
         elif kind == "delete":
-            key = line["image"], line["tag"]
-            self._drop(self._latest.pop(key, None), self._pending.pop(key, None), *self._refused.pop(key, ()))
+            for labels in (self._latest, self._pending, self._refused):
+                labels.pop((line["image"], line["tag"]), None)
         elif kind in ("written", "failed"):
             for event in [event for event in self._pending.values() if event.id == line["id"]]:
                 del self._pending[event.key]
                 if kind == "written":
-                    self._drop(self._latest.get(event.key), *self._refused.pop(event.key, ()))
                     self._latest[event.key] = event
-                    self._history.append(event)
-                else:
-                    self._drop(event)
+                    self._refused.pop(event.key, None)
         elif kind == "refused":
-            del line["reason"]
-            event = LabelEvent(**line)
+            reason, event = line.pop("reason"), LabelEvent(**line)
             self._refused[event.key].append(event)
+            self._refusals.append((event, reason))
             self._history.append(event)
-
-    def _drop(self, *events: LabelEvent | None) -> None:
-        self._obsolete |= {event.blob for event in events if event is not None}
 
 
 def check_image_id(image: str) -> None:

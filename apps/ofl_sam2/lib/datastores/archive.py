@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 import requests
@@ -14,12 +15,14 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from requests.adapters import HTTPAdapter
 
+from lib.datastores.notices import warn_once
 from lib.datastores.segmentation import is_draft
 from ofl_sam2.errors import OFLError
 
 _PAGE = 500
 _TIMEOUT_S = (10, 300)
 _AS_STORED = (("application/dicom", "*"),)
+_NO_DICOM = (requests.RequestException, ValueError, LookupError, TypeError, AttributeError, InvalidDicomError)
 _DESCRIBING = ("StudyDate", "StudyTime", "Modality", "RetrieveURL", "PatientID", "StudyInstanceUID")
 
 
@@ -55,7 +58,8 @@ class StoredSegmentation:
         series: where it is.
         image: SeriesInstanceUID of what it segments; empty where it names none.
         instances: how many instances of that series it refers to.
-        made: date and time, as text that sorts.
+        made: when, in UTC as the journal writes times; empty where it does not say so. A time without an offset may be
+            that of this place or, as OHIF writes it, UTC: it counts as the later of both.
         draft: whether it is a prediction of this app.
     """
 
@@ -89,7 +93,7 @@ class Archive:
         while True:
             with self._asking("the list of series"):
                 page = self._client.search_for_series(limit=_PAGE, offset=offset, search_filters=dict(filters))
-                listed = {series.uid: series for series in map(_series, page)}
+            listed = {series.uid: series for series in map(_series, page) if series is not None}
             if listed.keys() <= found.keys():
                 return found
             found.update(listed)
@@ -104,11 +108,10 @@ class Archive:
         with self._asking(f"series {series.uid}"):
             metadata = self._client.retrieve_series_metadata(series.study, series.uid)
             header = Dataset.from_json(metadata[0], lambda uri: None) if metadata else Dataset()
-        referenced = (header.get("ReferencedSeriesSequence") or [Dataset()])[0]
-        image = str(referenced.get("SeriesInstanceUID", ""))
-        instances = len(referenced.get("ReferencedInstanceSequence", ()))
-        made = f"{header.get('ContentDate', '')}{header.get('ContentTime', '')}"
-        return StoredSegmentation(series, image, instances, made, is_draft(header))
+            referenced = (header.get("ReferencedSeriesSequence") or [Dataset()])[0]
+            image = str(referenced.get("SeriesInstanceUID", ""))
+            instances = len(referenced.get("ReferencedInstanceSequence", ()))
+            return StoredSegmentation(series, image, instances, _made(header), is_draft(header))
 
     def instances(self, series: Series) -> Iterator[Dataset]:
         """The instances of a series, in the transfer syntax they are stored in.
@@ -146,7 +149,7 @@ class Archive:
             raise ArchiveError(f"{server}, asked for {what}, answered {status}. Its log says why.") from error
         except (requests.ConnectionError, requests.Timeout) as error:
             raise ArchiveError(f"{server} does not answer. Start it, or check the address and the network.") from error
-        except (requests.RequestException, ValueError, KeyError, InvalidDicomError) as error:
+        except _NO_DICOM as error:
             raise ArchiveError(f"{server}, asked for {what}, answered what is no DICOM: {error}.") from error
 
 
@@ -174,11 +177,29 @@ class _PatientAdapter(HTTPAdapter):
         return super().send(request, *args, **{**options, "timeout": options.get("timeout") or _TIMEOUT_S})
 
 
-def _series(entry: Mapping[str, Any]) -> Series:
-    dataset = Dataset.from_json(dict(entry))
-    uid = str(dataset["SeriesInstanceUID"].value)
-    described = {name: str(dataset[name].value) if dataset.get(name) else "UNK" for name in _DESCRIBING}
-    count = dataset.get("NumberOfSeriesRelatedInstances")
-    return Series(
-        uid, described["StudyInstanceUID"], int(count) if count else None, {"SeriesInstanceUID": uid, **described}
-    )
+def _series(entry: Mapping[str, Any]) -> Series | None:
+    """What the server says of a series; None, which is logged, where that cannot be understood."""
+    try:
+        dataset = Dataset.from_json(dict(entry))
+        uid = str(dataset["SeriesInstanceUID"].value)
+        described = {name: str(dataset[name].value) if dataset.get(name) else "UNK" for name in _DESCRIBING}
+        count = dataset.get("NumberOfSeriesRelatedInstances")
+        info = {"SeriesInstanceUID": uid, **described}
+        return Series(uid, described["StudyInstanceUID"], int(count) if count else None, info)
+    except _NO_DICOM as error:
+        warn_once(f"A series on the DICOMweb server is left out, its entry in the list is no DICOM: {error}")
+        return None
+
+
+def _made(header: Dataset) -> str:
+    """When a SEG was made, see `StoredSegmentation`."""
+    clock, _, fraction = str(header.get("ContentTime") or "").partition(".")
+    offset = str(header.get("TimezoneOffsetFromUTC") or "")
+    text = f"{header.get('ContentDate')}{clock:0<6}.{fraction or 0}{offset}"
+    try:
+        moment = datetime.strptime(text, f"%Y%m%d%H%M%S.%f{'%z' if offset else ''}")
+        local = moment.astimezone(timezone.utc)
+    except (OverflowError, ValueError):
+        return ""
+    made = local if offset else max(local, moment.replace(tzinfo=timezone.utc))
+    return made.isoformat(timespec="milliseconds")

@@ -21,7 +21,7 @@ _SUFFIX = ".nii.gz"
 class SeriesCopies:
     """Each series as DICOM files in the folder `<uid>`, and as NIfTI in the same grid in `<uid>.nii.gz`.
 
-    Whoever adds must take turns.
+    Whoever adds must take turns. A crash leaves no folder without its NIfTI file, by which a copy is known.
 
     Args:
         folder: of the copies.
@@ -65,27 +65,29 @@ class SeriesCopies:
             InputError: no volume of at least two slices.
         """
         partial = self._folder / f".{secrets.token_hex(6)}.partial.{uid}"
-        partial.mkdir()
+        files, volume = partial / self.files(uid).name, partial / self.volume(uid).name
+        files.mkdir(parents=True)
         try:
             for number, instance in enumerate(instances):
-                instance.save_as(partial / f"{number:06d}.dcm", write_like_original=False)
-            self._place(uid, partial)
+                instance.save_as(files / f"{number:06d}.dcm", write_like_original=False)
+            self._convert(uid, files, volume)
+            for new, old in ((volume, self.volume(uid)), (files, self.files(uid))):
+                if old.exists():
+                    remove(old)
+                os.replace(new, old)
             self._make_room()
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _place(self, uid: str, partial: Path) -> None:
+    def _convert(self, uid: str, files: Path, target: Path) -> None:
+        """Write DICOM files as NIfTI."""
         try:
-            volume = read_volume(partial)
+            volume = read_volume(files)
         except InputError as error:
-            raise InputError(str(error).replace(str(partial), f"Series {uid}")) from error
+            raise InputError(str(error).replace(str(files), f"Series {uid}")) from error
         if volume.grid[2] < 2:
             raise InputError(f"Series {uid} has a single slice. Choose a series that is a volume.")
-        for path in (self.volume(uid), self.files(uid)):
-            if path.exists():
-                remove(path)
-        os.replace(partial, self.files(uid))
-        with atomic_path(self.volume(uid)) as temporary:
+        with atomic_path(target) as temporary:
             nib.save(nib.Nifti1Image(volume.voxels, volume.affine), temporary)
 
     def _make_room(self) -> None:
@@ -95,8 +97,9 @@ class SeriesCopies:
             if sum(sizes.values()) <= self._max_bytes or time.time() - used[uid] < self._in_use_s:
                 return
             del sizes[uid]
-            remove(self.volume(uid))
-            remove(self.files(uid))
+            for path in (self.files(uid), self.volume(uid)):
+                if path.exists():
+                    remove(path)
 
 
 def _size(folder: Path) -> int:

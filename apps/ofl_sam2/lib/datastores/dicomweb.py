@@ -1,11 +1,8 @@
 """Studies on a DICOMweb server: series are copied here when they are needed, final labels go back as DICOM SEG."""
 
 import hashlib
-import logging
-import os
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,23 +15,23 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
-from lib.datastores.archive import Archive, ArchiveError, Series, StoredSegmentation, open_archive
+from lib.datastores.archive import Archive, Series, StoredSegmentation, open_archive
+from lib.datastores.catalog import Catalog
 from lib.datastores.copies import SeriesCopies
-from lib.datastores.files import find_labels, fits
+from lib.datastores.files import find_labels
+from lib.datastores.foreign import ForeignSegmentations
 from lib.datastores.local import FINAL, JournaledLocalDatastore
+from lib.datastores.notices import warn_once
 from lib.datastores.segmentation import Prediction, make_segmentation, read_segmentation
 from lib.datastores.watcher import Repeater
 from ofl_sam2.dataset import Case, load_case
 from ofl_sam2.dicom import read_headers
-from ofl_sam2.errors import InputError, OFLError
-from ofl_sam2.service.journal import LabelEvent, LabelJournal, check_image_id
+from ofl_sam2.errors import InputError
+from ofl_sam2.service.journal import Key, LabelEvent, LabelJournal, check_image_id
 
 MODALITIES = ("CT", "MR", "US")
 _SERIES = "SeriesInstanceUID"
-_QUICK_S = 0.25
 _FILTER = "MONAI_LABEL_DICOMWEB_SEARCH_FILTER"
-
-logger = logging.getLogger(__name__)
 
 
 def connect(url: str, cache: Path, journal: LabelJournal, max_bytes: int = 20 << 30) -> "JournaledDICOMWebDatastore":
@@ -43,7 +40,7 @@ def connect(url: str, cache: Path, journal: LabelJournal, max_bytes: int = 20 <<
     Series of CT, MR and US are listed, unless MONAI_LABEL_DICOMWEB_SEARCH_FILTER says otherwise.
     """
     options: dict[str, Any] = {"max_bytes": max_bytes}
-    if _FILTER in os.environ:
+    if _FILTER in settings.model_fields_set:
         options["filters"] = [settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER]
     return JournaledDICOMWebDatastore(open_archive(url), cache, journal, **options)
 
@@ -55,6 +52,8 @@ class JournaledDICOMWebDatastore(JournaledLocalDatastore, DICOMWebDatastore):
     on the server are taken in as labels, oldest first, each once; drafts of this app are not. DICOMweb cannot delete:
     a label that is removed here stays on the server, but is not taken in again.
 
+    The server is asked when images are, and by `refresh`; `reconcile` works on the cache alone.
+
     Args:
         archive: the server.
         cache: folder for copies; each server gets a subfolder.
@@ -62,6 +61,10 @@ class JournaledDICOMWebDatastore(JournaledLocalDatastore, DICOMWebDatastore):
         filters: QIDO filters of the series to list; the results of all of them are listed.
         max_bytes: bound on the copies of series.
         expiry_s: seconds after which the list of series is asked for again; more where listing takes long.
+
+    Attributes:
+        check: called with image id, label file and names of a segmentation that others stored; an `InputError` refuses
+            it as a label.
     """
 
     def __init__(
@@ -73,13 +76,12 @@ class JournaledDICOMWebDatastore(JournaledLocalDatastore, DICOMWebDatastore):
         max_bytes: int = 20 << 30,
         expiry_s: float = 5.0,
     ) -> None:
-        self._archive = archive
-        self._filters, self._expiry_s = filters, expiry_s
-        self._listed: tuple[float, dict[str, Series]] = 0.0, {}
-        self._listing, self._refreshing = threading.Lock(), threading.Lock()
+        self.check: Callable[[str, Path, list[dict[str, Any]]], None] = lambda image_id, label, names: None
+        self._archive, self._foreign = archive, ForeignSegmentations(archive, journal)
+        self._catalog = Catalog(archive, filters, expiry_s)
+        self._refreshing = threading.Lock()
         self._unusable: dict[Series, str] = {}
         self._fetched: set[Series] = set()
-        self._segmentations: dict[str, StoredSegmentation] = {}
         folder = cache / hashlib.sha256(archive.url.encode()).hexdigest()[:16]
         self._copies = SeriesCopies(folder, max_bytes)
         self._downloading = FileLock(folder / ".download.lock")
@@ -91,7 +93,7 @@ class JournaledDICOMWebDatastore(JournaledLocalDatastore, DICOMWebDatastore):
 
     def list_images(self) -> list[str]:
         """The series on the server that pass a filter."""
-        return list(self._series())
+        return list(self._catalog.series())
 
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         """Series that have a final label."""
@@ -103,7 +105,7 @@ class JournaledDICOMWebDatastore(JournaledLocalDatastore, DICOMWebDatastore):
         labelled = LocalDatastore.get_labeled_images(self)
         return [
             series.uid
-            for series in self._series().values()
+            for series in self._catalog.series().values()
             if series.uid not in labelled and series.instances != 1 and series not in self._unusable
         ]
 
@@ -122,7 +124,7 @@ class JournaledDICOMWebDatastore(JournaledLocalDatastore, DICOMWebDatastore):
         """
         check_image_id(image_id)
         if not self._copied(image_id):
-            series = self._series().get(image_id)
+            series = self._catalog.series().get(image_id)
             if series is None:
                 return ""
             with self._downloading:
@@ -145,6 +147,14 @@ class JournaledDICOMWebDatastore(JournaledLocalDatastore, DICOMWebDatastore):
             InputError: always.
         """
         raise InputError("The studies are on a DICOMweb server. Store the images there.")
+
+    def remove_image(self, image_id: str) -> None:
+        """Refused: DICOMweb cannot delete.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("The studies are on a DICOMweb server. Delete the images there.")
 
     def save_label(
         self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any], label_id: str = ""
@@ -184,14 +194,6 @@ class JournaledDICOMWebDatastore(JournaledLocalDatastore, DICOMWebDatastore):
         self._archive.store(draft)
         return draft
 
-    def reconcile(self) -> None:
-        """Repair what a crash left, and take in what others stored on the server meanwhile if it answers."""
-        super().reconcile()
-        try:
-            self.refresh()
-        except (OSError, OFLError) as error:
-            logger.error("The segmentations on the DICOMweb server are not taken in until later: %s", error)
-
     def refresh(self) -> None:
         """Take in segmentations that others stored on the server, and what changed in the cache.
 
@@ -200,35 +202,27 @@ class JournaledDICOMWebDatastore(JournaledLocalDatastore, DICOMWebDatastore):
             OFLError: a label cannot be written.
         """
         with self._refreshing:
-            images = self._series()
-            for found in self._new_segmentations():
-                image = images.get(found.image)
+            images = self._catalog.series()
+            for found in self._foreign.new():
+                image, name = images.get(found.image), f"Segmentation {found.series.uid}"
+                if image is None and not found.draft:
+                    warn_once(f"{name} is passed over: no series '{found.image}', which it refers to, is listed.")
                 if image is None or found.draft or (image.instances or found.instances) < found.instances:
                     continue
                 try:
                     self._take_in_segmentation(found)
-                except ArchiveError as error:
-                    logger.warning("Segmentation %s is not taken in until later: %s", found.series.uid, error)
+                except Exception as error:  # one segmentation, whatever it holds, must keep no other back
+                    warn_once(f"{name} is not taken in until later: {error}")
             super().refresh()
 
     def watch(self, period_s: float = 10.0) -> None:
-        """From now on look for new series and segmentations every `period_s` seconds."""
+        """Look for new series and segmentations now and every `period_s` seconds, in a thread."""
         self._watcher = Repeater(self.refresh, period_s)
-
-    def _series(self) -> dict[str, Series]:
-        """The listed series, as of `expiry_s` seconds ago; longer ago where listing takes over a quarter second."""
-        with self._listing:
-            asked = time.monotonic()
-            if asked > self._listed[0]:
-                found = {uid: each for wanted in self._filters for uid, each in self._archive.series(wanted).items()}
-                named = {uid: each for uid, each in found.items() if fits(check_image_id, uid, "A series")}
-                took_s = time.monotonic() - asked
-                self._listed = asked + took_s + self._expiry_s * max(1.0, took_s / _QUICK_S), named
-            return self._listed[1]
+        self._watcher.wake()
 
     def _copied(self, image_id: str) -> bool:
         """Whether a copy is here of all instances that the server listed last."""
-        series = self._listed[1].get(image_id)
+        series = self._catalog.last.get(image_id)
         counted = series is not None and series not in self._fetched
         return self._copies.has(image_id, series.instances if counted else None)
 
@@ -243,54 +237,45 @@ class JournaledDICOMWebDatastore(JournaledLocalDatastore, DICOMWebDatastore):
             self._unusable[series] = str(error)
             raise
 
-    def _new_segmentations(self) -> list[StoredSegmentation]:
-        """The segmentations on the server that the journal does not know, oldest first."""
-        stored = self._archive.series({"Modality": "SEG"})
-        known = [*self._journal.pending(), *self._journal.history()]
-        new = stored.keys() - {event.details.get(_SERIES) for event in known}
-        for uid in new - self._segmentations.keys():
-            try:
-                self._segmentations[uid] = self._archive.segmentation(stored[uid])
-            except ArchiveError as error:
-                logger.warning("Segmentation %s is not looked at until later: %s", uid, error)
-        found = [self._segmentations[uid] for uid in new if uid in self._segmentations]
-        return sorted(found, key=lambda segmentation: (segmentation.made, segmentation.series.uid))
-
     def _take_in_segmentation(self, found: StoredSegmentation) -> None:
-        """Save a segmentation as the label of its image; one that cannot be a label is refused, once."""
-        uid, image = found.series.uid, found.image
-        details: dict[str, Any] = {_SERIES: uid, "source": "dicomweb"}
+        """Journal a segmentation as the label of its image; one that cannot be a label is refused, once."""
+        image, uid = found.image, found.series.uid
+        details: dict[str, Any] = {_SERIES: uid, "source": "dicomweb", "made": found.made}
         with TemporaryDirectory() as folder:
             dicom, label = Path(folder) / "segmentation.dcm", Path(folder) / "label.nii.gz"
-            instances = list(self._archive.instances(found.series))
-            for instance in instances[:1]:
-                instance.save_as(dicom, write_like_original=False)
+            count = self._foreign.download(found, dicom)
             try:
-                if len(instances) != 1:
-                    raise InputError(f"The series holds {len(instances)} objects, but a label is one.")
+                if count != 1:
+                    raise InputError(f"The series holds {count} objects, but a label is one.")
                 details["label_info"] = read_segmentation(dicom, Path(self.get_image_uri(image)), label)
+                self.check(image, label, details["label_info"])
+                with self._saving:
+                    self._foreign.check_newer(found)
+                    self._journal.record_save(image, FINAL, label, details)
             except InputError as error:
-                logger.warning("Segmentation %s is passed over: %s", uid, error)
-                if instances:
-                    self._journal.record_refused(image, FINAL, dicom, details, str(error))
-                return
-            super().save_label(image, str(label), FINAL, details)
+                reason = str(error).replace(str(label), "the segmentation")
+                warn_once(f"Segmentation {uid} is passed over: {reason}")
+                if count:
+                    self._journal.record_refused(image, FINAL, dicom, details, reason)
 
     def _find_images(self) -> dict[str, Path]:
-        """Series with a copy here, a label, or a save that has to be finished."""
-        labelled = (image for image, _ in find_labels(self._labels))
-        pending = (event.image for event in self._journal.pending() if event.image in self._listed[1])
-        return {uid: self._copies.volume(uid) for uid in sorted({*self._copies.uids(), *labelled, *pending})}
+        """Series with a copy here, a label, or one that has to be put here."""
+        placed = {image for image, _ in find_labels(self._labels)}
+        journaled = {event.image for event in (*self._journal.pending(), *self._journal.latest().values())}
+        uids = {*self._copies.uids(), *placed, *(journaled & self._catalog.last.keys())}
+        return {uid: self._copies.volume(uid) for uid in sorted(uids)}
 
-    def _bring_together(self, repair: bool) -> None:
-        """As in a local folder, but labels that are missing are put back: nobody deletes them in a cache."""
-        with self._lock:
-            here = self._find_images().keys() | self._listed[1].keys()
-            placed = find_labels(self._labels)
-            for key, event in self._journal.latest().items():
-                if key not in placed and event.image in here:
-                    self._placed(event)
-        super()._bring_together(repair)
+    def _complete(self, images: Container[str]) -> None:
+        """As in a local folder, but not before the server has been asked for its series."""
+        if self._catalog.last:
+            super()._complete(images)
+
+    def _settle_missing(self, missing: Sequence[Key], known: int) -> None:
+        """Put labels back: nobody deletes them in a cache."""
+        self._put_in_place(missing)
+
+    def _forget_without_image(self, images: Container[str], labels: Container[Key]) -> None:
+        """Nothing: a label whose image is not listed now may be missing in a cache, too."""
 
     def _publish(self, event: LabelEvent) -> None:
         """Store a final label on the server, unless it is there."""

@@ -97,7 +97,7 @@ class ContentHashes:
         return self._known[path][1]
 
 
-def fits(check: Callable[[str], None], name: str, source: Path | str) -> bool:
+def fits(check: Callable[[str], None], name: str, source: Path) -> bool:
     """Whether a name passes a check for names in paths; what it is a name of is logged where it does not."""
     try:
         check(name)

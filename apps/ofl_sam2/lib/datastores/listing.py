@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 class ListedDatastore(LocalDatastore):
     """Images and labels of a folder, listed in `datastore_v2.json`; images may also be folders.
 
-    The list is replaced in one step, in memory and on disk. Whatever writes holds the lock file of the studies, so
-    threads and processes take turns. Building the object changes nothing on disk but for missing folders.
+    The list is replaced in one step, in memory and on disk. Whatever changes it holds `_lock`, a lock file of the
+    studies, so threads and processes take turns; whatever changes labels holds `_saving` around it, which may take
+    long. Building the object changes nothing on disk but for missing folders.
 
     Args:
         studies: folder of the images (files, DICOM series, frames), with the labels in `labels/<tag>/`.
@@ -40,7 +41,7 @@ class ListedDatastore(LocalDatastore):
     def __init__(self, studies: str | Path, journal: LabelJournal) -> None:
         self._journal = journal
         self._config_seen: tuple[int, int] | None = None
-        self._lock = FileLock(Path(studies) / ".lock")
+        self._lock, self._saving = FileLock(Path(studies) / ".lock"), FileLock(Path(studies) / ".saving.lock")
         Path(studies).mkdir(parents=True, exist_ok=True)
         LocalDatastore.__init__(self, str(studies), auto_reload=False, read_only=True)
         if self._config_seen is None:

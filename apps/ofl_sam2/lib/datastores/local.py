@@ -1,7 +1,7 @@
 """A folder of studies whose labels survive crashes: journaled first, then written atomically."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,28 +73,33 @@ class JournaledLocalDatastore(ListedDatastore):
         """
         check_image_id(image_id)
         tag = _tag(label_tag)
-        with self._lock:
-            self._init_from_datastore_file()
-            self._require_image(image_id)
+        with self._saving:
+            with self._lock:
+                self._init_from_datastore_file()
+                self._require_image(image_id)
             event = self._journal.record_save(image_id, tag, Path(label_filename), label_info or {})
             try:
-                self._commit(event)
-            except (OSError, OFLError) as error:
+                self._publish(event)
+                with self._lock:
+                    self._init_from_datastore_file()
+                    self._commit(event)
+            except Exception as error:  # the client learns of it, so whatever it is must not be completed later
                 self._journal.record_failed(event, str(error))
-                self._put_back(event)
+                with self._lock:
+                    self._put_back(event)
                 raise
             self._journal.record_written(event)
         self._tell(event.key, event)
         return image_id
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
-        """Remove a label; the journal keeps its content.
+        """Remove a label, also its content in the journal.
 
         Raises:
             LabelNotFoundException: there is no such label.
         """
         tag = _tag(label_tag)
-        with self._lock:
+        with self._saving, self._lock:
             self._init_from_datastore_file()
             if self._datastore.label(label_id, tag) is None:
                 raise LabelNotFoundException(f"The studies hold no label '{tag}' of '{label_id}'.")
@@ -110,7 +115,7 @@ class JournaledLocalDatastore(ListedDatastore):
         Raises:
             ImageNotFoundException: there is no such image.
         """
-        with self._lock:
+        with self._saving, self._lock:
             self._init_from_datastore_file()
             entry = self._require_image(image_id)
             for tag in list(entry.labels):
@@ -123,23 +128,25 @@ class JournaledLocalDatastore(ListedDatastore):
 
         A save that was journaled but not finished is finished. A damaged label whose content is journaled is restored.
         """
-        with self._lock:
+        with self._saving:
             for folder in (self._images, *(path for path in self._labels.iterdir() if path.is_dir())):
                 remove_leftovers(folder)
             self._bring_together(repair=True)
 
     def refresh(self) -> None:
-        """Take in what others changed: a new label is journaled as saved, one that vanished as deleted."""
+        """Take in what others changed: a new label is journaled as saved, one that vanished as deleted.
+
+        Several labels that vanish and leave none are put back: more likely somebody lost or moved their folder.
+        """
         self._bring_together(repair=False)
 
     def _commit(self, event: LabelEvent) -> None:
-        """Put a journaled label and the list that names it in their places; the list is on disk before the label."""
-        entry = self._datastore.objects[event.image]
+        """Put a journaled label in its place, then the list that names it."""
+        entry = self._require_image(event.image)
         label = label_entry(event)
         changed = ImageLabelModel(image=entry.image, labels={**entry.labels, event.tag: label})
         objects = {**self._datastore.objects, event.image: changed}
         with self._writing_config(objects):
-            self._publish(event)
             self._place(event)
         self._datastore.objects = objects
 
@@ -169,26 +176,62 @@ class JournaledLocalDatastore(ListedDatastore):
                 self._placed(before)
 
     def _bring_together(self, repair: bool) -> None:
-        with self._lock:
-            self._init_from_datastore_file()
+        with self._saving:
             before = self._journal.latest()
-            images = self._find_images()
-            for event in self._journal.pending():
-                if event.image in images and self._placed(event, publish=True):
-                    self._journal.record_written(event)
-            labels, latest = find_labels(self._labels), self._journal.latest()
-            for key, path in labels.items():
-                if key[0] in images:
-                    self._take_in(key, path, latest.get(key), repair)
-            listed = {(image, tag) for image, entry in self._datastore.objects.items() for tag in entry.labels}
-            for key in latest:
-                if key not in labels and (key in listed or key[0] in images):
-                    self._journal.record_delete(*key)
-            self._relist()
+            with self._lock:
+                self._init_from_datastore_file()
+                images = self._find_images()
+            self._complete(images)
+            with self._lock:
+                if images:
+                    self._labels.mkdir(exist_ok=True)
+                labels, latest = find_labels(self._labels), self._journal.latest()
+                for key, path in labels.items():
+                    if key[0] in images:
+                        self._take_in(key, path, latest.get(key), repair)
+                self._forget_without_image(images, labels)
+                here = [key for key in latest if key[0] in images]
+                self._settle_missing([key for key in here if key not in labels], len(here))
+                self._relist()
             after = self._journal.latest()
         for key in before.keys() | after.keys():
             if before.get(key) != after.get(key):
                 self._tell(key, after.get(key))
+
+    def _complete(self, images: Container[str]) -> None:
+        """Finish saves that were journaled but not finished; one that cannot be is left for later."""
+        for event in self._journal.pending():
+            if event.image in images and self._placed(event, publish=True):
+                self._journal.record_written(event)
+
+    def _forget_without_image(self, images: Container[str], labels: Container[Key]) -> None:
+        """Journal labels as deleted that were listed and are gone together with their image."""
+        latest = self._journal.latest()
+        for image_id, entry in self._datastore.objects.items():
+            for key in [(image_id, tag) for tag in entry.labels if image_id not in images]:
+                if key in latest and key not in labels:
+                    self._journal.record_delete(*key)
+
+    def _settle_missing(self, missing: Sequence[Key], known: int) -> None:
+        """Journal labels whose file is missing as deleted; if it is all of several that are `known`, put them back."""
+        folders = all((self._labels / tag).is_dir() for _, tag in missing)
+        if folders and (known == 1 or len(missing) < known):
+            for key in missing:
+                self._journal.record_delete(*key)
+        elif missing:
+            logger.warning(
+                "All %d labels in %s were gone at once. They are put back from the journal; "
+                "remove labels that are not wanted with DELETE /datastore/label.",
+                len(missing),
+                self._labels,
+            )
+            self._put_in_place(missing)
+
+    def _put_in_place(self, keys: Sequence[Key]) -> None:
+        """Write labels as they are journaled."""
+        latest = self._journal.latest()
+        for key in keys:
+            self._placed(latest[key])
 
     def _placed(self, event: LabelEvent, publish: bool = False) -> bool:
         """Whether a journaled label could be put in its place; the reason is logged where it could not."""
@@ -196,7 +239,7 @@ class JournaledLocalDatastore(ListedDatastore):
             if publish:
                 self._publish(event)
             self._place(event)
-        except (OSError, OFLError) as error:
+        except Exception as error:  # one label that cannot be written must keep no other back
             logger.error("The label of '%s' is journaled, but could not be written: %s", event.image, error)
             return False
         return True

@@ -5,7 +5,7 @@ orientation alone, so frames may be cropped, flipped, in any order, or left out 
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
+from pydicom.valuerep import DA, TM
 from skimage.color import rgb2lab
 
 from lib.datastores.codes import structure_codes
@@ -32,8 +33,8 @@ _DRAFT = "DRAFT"
 _MAX_NAME = 64
 _PALETTE = colormaps["Set1"]
 _TOLERANCE = 0.25
-_EXPECTED = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID")
-_DATES = ("StudyDate", "StudyTime")
+_EXPECTED = ("PatientID", "PatientName", "PatientSex", "AccessionNumber", "StudyID")
+_DATES: dict[str, Callable[[Any], Any]] = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
 _OTHER_GRID = "The segmentation has another grid than the series it refers to. Resample it to that series."
 
 
@@ -68,7 +69,7 @@ def make_segmentation(
         prediction: makes the result a draft; without it the labels count as drawn by a person.
 
     Raises:
-        InputError: no voxel is labelled, or a name that DICOM cannot hold.
+        InputError: no voxel is labelled, a name that DICOM cannot hold, or headers that a SEG cannot refer to.
     """
     found = [int(value) for value in np.unique(labels) if value]
     if not found:
@@ -79,15 +80,17 @@ def make_segmentation(
     lookup = np.zeros(max(named) + 1, np.min_scalar_type(len(named)))
     lookup[list(named)] = range(1, len(named) + 1)
     image = headers[0].SeriesInstanceUID
-    segmentation = highdicom.seg.Segmentation(
-        source_images=headers,
-        pixel_array=np.ascontiguousarray(lookup[labels].transpose()),
-        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[
-            _segment(number, name, image, prediction) for number, name in enumerate(named.values(), start=1)
-        ],
-        **_identity(series_uid, prediction),
-    )
+    segments = [_segment(number, name, image, prediction) for number, name in enumerate(named.values(), start=1)]
+    try:
+        segmentation = highdicom.seg.Segmentation(
+            source_images=headers,
+            pixel_array=np.ascontiguousarray(lookup[labels].transpose()),
+            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=segments,
+            **_identity(series_uid, prediction),
+        )
+    except Exception as error:  # headers can lack or damage whatever highdicom copies from them
+        raise InputError(f"DICOM SEG cannot refer to series {image}: {error}. Repair its headers.") from error
     segmentation.SpecificCharacterSet = "ISO_IR 192"
     _add_blank_frames(segmentation, [number for number, value in enumerate(values, start=1) if value not in found])
     return segmentation
@@ -142,9 +145,8 @@ class _Frame:
 
 def _identity(series_uid: str, prediction: Prediction | None) -> dict[str, Any]:
     """What a SEG says about itself and its maker."""
-    description = f"{_MAKER} label"
-    if prediction is not None:
-        description = f"{_MAKER} draft of {prediction.model}, snapshot {prediction.snapshot}"
+    kind = f"draft of {prediction.model}, snapshot {prediction.snapshot}" if prediction else "label"
+    description = f"{_MAKER} {kind}"
     return {
         "series_instance_uid": series_uid,
         "series_number": 1000,
@@ -161,19 +163,29 @@ def _identity(series_uid: str, prediction: Prediction | None) -> dict[str, Any]:
 
 
 def _complete(headers: Sequence[Dataset]) -> None:
-    """Give headers what DICOM demands of the images of a SEG, where scanners and anonymisers left it out.
+    """Give headers what DICOM demands of the images of a SEG, where scanners and anonymisers left out or damaged it.
 
     The slices were read as one volume, so they get one frame of reference.
     """
     frame = headers[0].get("FrameOfReferenceUID") or _uid(headers[0].SeriesInstanceUID)
     for header in headers:
         header.FrameOfReferenceUID = frame
-        for name in (*_EXPECTED, *_DATES):
+        for name in _EXPECTED:
             if name not in header:
-                setattr(header, name, None if name in _DATES else "")
+                setattr(header, name, "")
+        for name, kind in _DATES.items():
+            if not _parses(header.get(name), kind):
+                setattr(header, name, None)
         if not header.get("SliceThickness"):
             step = np.subtract(headers[1].ImagePositionPatient, headers[0].ImagePositionPatient)
             header.SliceThickness = round(float(np.linalg.norm(step)), 6)
+
+
+def _parses(value: Any, kind: Callable[[Any], Any]) -> bool:
+    try:
+        return kind(value) is not None
+    except (TypeError, ValueError):
+        return False
 
 
 def _add_blank_frames(segmentation: Dataset, numbers: Sequence[int]) -> None:
