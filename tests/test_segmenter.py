@@ -106,6 +106,15 @@ def test_a_close_up_replaces_what_the_overview_found(magnifying, monkeypatch):
     assert not result.labels.any()
 
 
+def test_what_no_close_up_frames_is_seen_from_all_sides(magnifying, monkeypatch):
+    segmenter, query = magnifying
+    monkeypatch.setattr("ofl_sam2.drawing.windows", lambda *_: [])
+    result, whole = segmenter.segment(query), with_settings(segmenter, close_ups=False).segment(query)
+    one_view = with_settings(segmenter, close_ups=False, side_views=False).segment(query)
+    assert (result.labels != whole.labels).mean() < 1e-3 < (result.labels != one_view.labels).mean()
+    assert result.quality["structure_1"] == pytest.approx(whole.quality["structure_1"], abs=1e-3)
+
+
 def test_without_close_ups_and_side_views_a_volume_is_looked_at_once(magnifying):
     segmenter, query = magnifying
     plain = with_settings(segmenter, side_views=False, close_ups=False)

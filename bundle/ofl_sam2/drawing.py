@@ -56,6 +56,11 @@ class Drawing:
                 if (window, focus) not in before:
                     canvas.erase(focus)
                     self._look(canvas, window, focus, overview=False)
+        framed = {value for _, focus in seen for value in focus}
+        rest = tuple(value for value in self.values if value not in framed)
+        if self.overview is not None and rest:
+            canvas.erase(rest)
+            self._look(canvas, None, rest, overview=False)
         return canvas, self.expected.quality(self.confidence).tolist()
 
     def _look(self, canvas: Canvas, window: Window | None, values: tuple[int, ...], overview: bool) -> None:
@@ -63,25 +68,25 @@ class Drawing:
         stacks = self.viewpoint.stacks(self.volume, self.grey, window)
         usable = {view: stack for view, stack in stacks.items() if self._can_show(view, values)}
         grid = next(iter(stacks.values())).volume.grid
-        region = window.slices if window else ()
-        self.expected.forget([self.values.index(value) for value in values])
+        region, rows = window.slices if window else (), [self.values.index(value) for value in values]
+        self.expected.forget(rows)
         if len(values) * math.prod(grid) > MAX_AVERAGED:
             main, stack = next((view, stack) for view, stack in usable.items() if view.axis is None)
             for index, probability in self._probabilities(main, stack, values, window):
                 self._paint(canvas, partial(_slice_of, stack, region, index), values, probability, probability)
             return
-        if overview:
-            usable = {view: stack for view, stack in usable.items() if view.axis is None}
-        total = torch.zeros(len(values), *grid)
+        seen = None if window else self.overview
+        if overview or seen is not None:
+            usable = {view: stack for view, stack in usable.items() if (view.axis is None) is overview}
+        total = torch.zeros(len(values), *grid) if seen is None else seen[rows].float()
         for view, stack in usable.items():
             for index, probability in self._probabilities(view, stack, values, window):
                 for row, found in zip(total.numpy(), probability.numpy(), strict=True):
                     stack.slice_of(row, index)[...] += found
-        total /= len(usable)
+        total /= len(usable) + (seen is not None)
         if overview:
             self.overview = total.half()
-        elif self.overview is not None:
-            rows = [self.values.index(value) for value in values]
+        elif window and self.overview is not None:
             total = (total + self.overview[rows][(slice(None), *region)]) / 2
         self._paint(canvas, itemgetter(region), values, total, self._smoothed(total))
 
