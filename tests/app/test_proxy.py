@@ -161,7 +161,7 @@ def test_only_instances_can_be_sent(client: TestClient, dicomweb: DICOMweb, path
 def test_a_server_that_is_away_or_silent_is_named(
     client: TestClient, dicomweb: DICOMweb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy, "_TIMEOUT_S", (1, 0.1))
+    monkeypatch.setattr(proxy, "TIMEOUT_S", (1, 0.1))
     dicomweb.may_answer.clear()
     silent = client.get("/proxy/dicom/qido/studies")
     use(Studies("http://127.0.0.1:1/dicom-web"), monkeypatch)

@@ -7,7 +7,7 @@ from typing import Annotated
 import requests
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import StreamingResponse
-from lib.datastores.archive import ArchiveError
+from lib.datastores.archive import TIMEOUT_S, no_answer
 from lib.datastores.dicomweb import JournaledDICOMWebDatastore
 from monailabel.config import settings
 
@@ -25,7 +25,6 @@ _RESOURCES = ("studies", "series", "instances")
 _STORE = re.compile(r"studies(/[^/]+)?")
 _SENT = ("accept", "accept-encoding", "content-type")
 _ANSWERED = ("content-type", "content-encoding", "content-length")
-_TIMEOUT_S = (10, 300)
 _CHUNK_BYTES = 1 << 18
 
 
@@ -66,12 +65,11 @@ def _forward(request: Request, service: str, path: str, body: bytes | None = Non
             headers={name: request.headers.get(name) for name in _SENT},
             auth=(user, password) if user and password else None,
             data=body,
-            timeout=_TIMEOUT_S,
+            timeout=TIMEOUT_S,
             stream=True,
         )
     except requests.RequestException as error:
-        server = f"The DICOMweb server {app().datastore().name()}"
-        raise ArchiveError(f"{server} does not answer. Start it, or check the address and the network.") from error
+        raise no_answer(app().datastore().name()) from error
     headers = {name: answer.headers[name] for name in _ANSWERED if name in answer.headers}
     return StreamingResponse(_chunks(answer), answer.status_code, headers)
 

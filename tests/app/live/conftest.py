@@ -13,6 +13,7 @@ from ofl_sam2.training.cohort import Patient, cohort
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for live_server and slicer_client
 
 from live_server import LiveServer
+from slicer_client import SlicerClient
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +51,11 @@ def make_server(
     yield build
     for server in servers:
         server.kill()
+
+
+@pytest.fixture(scope="module")
+def slicer(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> SlicerClient:
+    """A client as Slicer has it, connected to the `server` of the module."""
+    client = SlicerClient(server.url, tmp_path_factory.mktemp("slicer"))
+    client.connect()
+    return client

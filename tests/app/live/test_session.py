@@ -33,15 +33,6 @@ def server(make_server: Callable[..., Any]) -> Any:
     return server
 
 
-@pytest.fixture(scope="module")
-def slicer(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from slicer_client import SlicerClient
-
-    client = SlicerClient(server.url, tmp_path_factory.mktemp("slicer"))
-    client.connect()
-    return client
-
-
 def submit(server: Any, slicer: Any, patient: Patient) -> None:
     slicer.submit(server.studies / f"{patient.name}.nii.gz", patient.labels, NAMES)
     server.wait_until(lambda status: patient.name in status["learned"])

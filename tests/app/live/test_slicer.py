@@ -87,15 +87,6 @@ def server(make_server: Callable[..., Any], studies: Path) -> Any:
     return server
 
 
-@pytest.fixture(scope="module")
-def slicer(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from slicer_client import SlicerClient
-
-    client = SlicerClient(server.url, tmp_path_factory.mktemp("slicer"))
-    client.connect()
-    return client
-
-
 @pytest.fixture
 def requests_sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Method and address of each request, as they go out."""

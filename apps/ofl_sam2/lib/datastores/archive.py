@@ -20,7 +20,7 @@ from lib.datastores.segmentation import is_draft
 from ofl_sam2.errors import OFLError
 
 _PAGE = 500
-_TIMEOUT_S = (10, 300)
+TIMEOUT_S = (10, 300)
 _AS_STORED = (("application/dicom", "*"),)
 _NO_DICOM = (requests.RequestException, ValueError, LookupError, TypeError, AttributeError, InvalidDicomError)
 _DESCRIBING = ("StudyDate", "StudyTime", "Modality", "RetrieveURL", "PatientID", "StudyInstanceUID")
@@ -32,6 +32,11 @@ class ArchiveError(OFLError):
     def __init__(self, sentence: str, status: int = 502) -> None:
         super().__init__(sentence)
         self.status = status
+
+
+def no_answer(url: str) -> ArchiveError:
+    """The error that says that the server at `url` cannot be reached."""
+    return ArchiveError(f"The DICOMweb server {url} does not answer. Start it, or check the address and the network.")
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class Archive:
                 raise ArchiveError(f"{server} does not have {what} (any more). Refresh the list.", 404) from error
             raise ArchiveError(f"{server}, asked for {what}, answered {status}. Its log says why.") from error
         except (requests.ConnectionError, requests.Timeout) as error:
-            raise ArchiveError(f"{server} does not answer. Start it, or check the address and the network.") from error
+            raise no_answer(self.url) from error
         except _NO_DICOM as error:
             raise ArchiveError(f"{server}, asked for {what}, answered what is no DICOM: {error}.") from error
 
@@ -174,7 +179,7 @@ class _PatientAdapter(HTTPAdapter):
     """Gives up on a server that says nothing for minutes, which `DICOMwebClient` would wait for without end."""
 
     def send(self, request: Any, *args: Any, **options: Any) -> requests.Response:
-        return super().send(request, *args, **{**options, "timeout": options.get("timeout") or _TIMEOUT_S})
+        return super().send(request, *args, **{**options, "timeout": options.get("timeout") or TIMEOUT_S})
 
 
 def _series(entry: Mapping[str, Any]) -> Series | None:
