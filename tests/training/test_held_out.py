@@ -27,12 +27,16 @@ def test_of_four_or_more_cases_whole_ones_are_held_out_in_all_views(cases, apart
 
 
 @pytest.mark.parametrize("cases", [1, 2, 3])
-def test_of_few_cases_a_run_of_slices_of_one_is_held_out(cases):
-    every = [pooled(f"{i}") for i in range(cases)]
+def test_of_few_cases_every_fifth_slice_is_held_out(cases):
+    every = [pooled(f"{i}", filled=range(2, 7)) for i in range(cases)]
     held_out = HeldOut.choose(every)
-    assert dict(held_out.rows) == {(MAIN, "0"): (4, 5)}
-    assert held_out.without(every[0]).slices == (0, 1, 2, 3, 6, 7, 8, 9)
-    assert all(held_out.without(case).slices == case.slices for case in every[1:])
+    assert dict(held_out.rows) == {(MAIN, case.name): (2, 7) for case in every}
+    assert {held_out.without(case).slices for case in every} == {(0, 1, 3, 4, 5, 6, 8, 9)}
+
+
+@pytest.mark.parametrize(("slices", "filled"), [(4, (1, 2)), (10, (3, 4, 5))])
+def test_slices_that_say_nothing_are_not_held_out(slices, filled):
+    assert not HeldOut.choose([pooled("a", slices, filled)]).rows
 
 
 def test_too_few_slices_leave_nothing_to_hold_out(make_segmenter):
@@ -62,7 +66,7 @@ def test_a_case_is_scored_from_the_other_cases_and_a_lone_one_from_its_other_sli
     two, one = make_segmenter((make_case("a"), make_case("b", seed=1))), make_segmenter((make_case("a"),))
     for segmenter in (two, one):
         assert HeldOut.choose(list(segmenter.pool.cases.values())).dice(segmenter) == 1
-    assert pools == [{"b": tuple(range(6))}, {"a": (0, 1, 3, 4, 5)}]
+    assert pools == [{"b": tuple(range(6))}, {"a": tuple(range(6))}, {"a": (0, 1, 3, 4, 5)}]
 
 
 def test_the_score_is_the_dice_of_what_the_segmenter_draws(make_segmenter, make_case):

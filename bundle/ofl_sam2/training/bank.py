@@ -36,9 +36,16 @@ class EpisodeBank:
         objects: int = 4,
     ) -> None:
         self.backbone, self.structures = backbone, tuple(structures)
-        self.volumes = [volume for volume in volumes if volume.known & set(structures)]
         self.supports, self.queries, self.objects = supports, queries, objects
         self._memories: dict[tuple[int, int, int], Memory] = {}
+        self.volumes: list[PooledCase] = []
+        self.replace(volumes)
+
+    def replace(self, volumes: Sequence[PooledCase]) -> None:
+        """Draw from other volumes from now on; the memories of those that stay are kept."""
+        self.volumes = [volume for volume in volumes if volume.known & set(self.structures)]
+        staying = set(map(id, self.volumes))
+        self._memories = {key: memory for key, memory in self._memories.items() if key[0] in staying}
 
     def draw(self, dice: Dice, episodes: int) -> Episode:
         """Draw a batch of episodes, joined into one; several processes share the batch out among them."""
@@ -118,11 +125,11 @@ class EpisodeBank:
     @torch.no_grad()
     def _memory(self, source: int, row: int, value: int) -> Memory:
         """SAM2's memory of a support slice, encoded once; bounded, the oldest goes first."""
-        key = (source, row, value)
+        volume = self.volumes[source]
+        key = (id(volume), row, value)
         if key not in self._memories:
             if len(self._memories) >= MAX_CACHED_MEMORIES:
                 del self._memories[next(iter(self._memories))]
-            volume = self.volumes[source]
             mask = self._masks(volume, [row], [value])
             self._memories[key] = self.backbone.remember_mask(volume.slice(row).to(self._device), mask)
         return self._memories[key]

@@ -1,78 +1,134 @@
-"""What training draws episodes from: the labelled slices and augmented copies of them, with frozen features."""
+"""What training draws from: the labelled slices, and augmented copies of them that are drawn anew all the time."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from itertools import accumulate
+from typing import NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from ofl_sam2.backbone.frozen import ImageFeatures
 from ofl_sam2.dataset import LabelledCase
-from ofl_sam2.looks import Viewpoint
-from ofl_sam2.memory.pool import PooledCase
+from ofl_sam2.looks import Look, Viewpoint
+from ofl_sam2.memory.pool import PooledCase, View
 from ofl_sam2.progress import Watch
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.training.augmentation import augment
 from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.synthetic import Dice
-from ofl_sam2.volume import SliceStack
+
+BATCH = 8
 
 
-@torch.no_grad()
-def with_copies(
-    segmenter: VolumeSegmenter,
-    cases: Sequence[LabelledCase],
-    held_out: HeldOut,
-    copies: int,
-    max_slices: int,
-    seed: int,
-    watch: Watch,
-) -> list[PooledCase]:
-    """The pooled slices of all views of the cases, without the held-out ones, and augmented copies of them.
+class _Original(NamedTuple):
+    """The labelled slices of one view of case `number`."""
+
+    pooled: PooledCase
+    number: int
+
+
+class _Unfinished(NamedTuple):
+    """A copy in the making: the batches of its images that wait, the features of the others, its labels."""
+
+    original: PooledCase
+    labels: Tensor
+    waiting: list[Tensor]
+    done: list[ImageFeatures]
+
+
+class FreshCopies:
+    """The pooled slices of all views of labelled cases, without the held-out ones, and augmented copies of them.
+
+    Each step encodes a batch of the next copy. When that is complete it joins, and the oldest ones leave where there is
+    no more room. Copy number n depends on the seed and n alone, so an interrupted training goes on with the same ones.
 
     Args:
         segmenter: has learned the cases.
-        cases: the labelled volumes; read one at a time, twice.
+        cases: the labelled volumes; read one at a time.
         held_out: what to leave out.
-        copies: most copies of each view of a case.
-        max_slices: bound on the slices in memory; where the originals reach it, half as many copies are made.
+        most: copies of each view of a case.
+        max_slices: bound on the slices in memory; where the originals reach it, half of it is for copies.
         seed: of the augmentation.
-        watch: told of every encoded batch.
     """
-    dice = Dice(torch.Generator().manual_seed(seed))
-    originals: list[PooledCase] = []
-    owners: list[int] = []
-    for number, case in enumerate(cases):
-        pooled = (c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name == case.volume.name)
-        kept = [rest for c in pooled if (rest := held_out.without(c))]
-        originals += kept
-        owners += [number] * len(kept)
-    chosen = _choose(dice, [len(original) for original in originals], copies, max_slices)
-    watch.expect(sum(len(originals[row]) for row in chosen))
-    augmented = []
-    for number in sorted({owners[row] for row in chosen}):
-        looks = {(look.view, look.focus): look for look in cast(Viewpoint, segmenter.viewpoint).looks(cases[number])}
-        for original in (originals[row] for row in chosen if owners[row] == number):
-            stack = looks[original.view, original.focus].stack
-            augmented.append(_copy(segmenter, dice, original, stack, watch))
-    return originals + augmented
 
+    def __init__(
+        self,
+        segmenter: VolumeSegmenter,
+        cases: Sequence[LabelledCase],
+        held_out: HeldOut,
+        most: int,
+        max_slices: int,
+        seed: int,
+    ) -> None:
+        self.segmenter, self.cases, self.seed = segmenter, cases, seed
+        pooled = [
+            _Original(rest, number)
+            for number, case in enumerate(cases)
+            for pool in segmenter.pools.values()
+            for c in pool.cases.values()
+            if c.name == case.volume.name and (rest := held_out.without(c))
+        ]
+        self.originals = [original.pooled for original in pooled]
+        generator = torch.Generator().manual_seed(seed)
+        self._cycle = [pooled[row] for row in torch.randperm(len(pooled), generator=generator).tolist()]
+        self._most, self._room = most * len(pooled), max(max_slices - sum(map(len, self.originals)), max_slices // 2)
+        self._copies: list[PooledCase] = []
+        self._next = 0
+        self._unfinished: _Unfinished | None = None
+        self._looks: tuple[int, dict[tuple[View, tuple[int, ...]], Look]] = -1, {}
 
-def _choose(dice: Dice, sizes: Sequence[int], copies: int, max_slices: int) -> list[int]:
-    """Which originals to copy, each up to `copies` times in random order, as long as there is room."""
-    room = max(max_slices - sum(sizes), max_slices // 2)
-    chosen: list[int] = []
-    for _ in range(copies):
-        for row in torch.randperm(len(sizes), generator=dice.generator).tolist():
-            if sum(sizes[other] for other in chosen) + sizes[row] <= room or not chosen:
-                chosen.append(row)
-    return chosen
+    @property
+    def volumes(self) -> list[PooledCase]:
+        """Originals and the copies at hand."""
+        return self.originals + self._copies
 
+    def start(self, steps: int, watch: Watch) -> None:
+        """Encode the copies that are at hand after so many steps of training."""
+        last = self._kept([self._size(number) for number in range(self._most)])
+        batches = 0
+        while steps >= batches + self._batches(last):
+            batches += self._batches(last)
+            last += 1
+        first = last - self._kept([self._size(number) for number in range(last - 1, -1, -1)])
+        watch.expect(sum(map(self._size, range(first, last))))
+        self._next = first
+        while self._next < last:
+            watch.advance(self.step())
+        for _ in range(steps - batches):
+            self.step()
 
-def _copy(segmenter: VolumeSegmenter, dice: Dice, original: PooledCase, stack: SliceStack, watch: Watch) -> PooledCase:
-    warped, labels = augment(dice, stack.images(original.slices), original.labels)
-    parts = []
-    for batch in warped.split(8):
-        parts.append(segmenter.backbone.encode_images(batch.to(segmenter.device)).to("cpu", torch.float16))
-        watch.advance(len(batch))
-    return replace(original, features=ImageFeatures.cat(parts), labels=labels)
+    @torch.no_grad()
+    def step(self) -> int:
+        """Encode a batch of the next copy; returns of how many slices."""
+        unfinished = self._unfinished or self._begin()
+        batch = unfinished.waiting.pop(0)
+        features = self.segmenter.backbone.encode_images(batch.to(self.segmenter.device))
+        unfinished.done.append(features.to("cpu", torch.float16))
+        self._unfinished = unfinished if unfinished.waiting else None
+        if not unfinished.waiting:
+            copy = replace(unfinished.original, features=ImageFeatures.cat(unfinished.done), labels=unfinished.labels)
+            newest_first = [copy, *reversed(self._copies)]
+            self._copies = newest_first[: self._kept([len(c) for c in newest_first])][::-1]
+            self._next += 1
+        return len(batch)
+
+    def _begin(self) -> _Unfinished:
+        original, number = self._cycle[self._next % len(self._cycle)]
+        if self._looks[0] != number:
+            looks = cast(Viewpoint, self.segmenter.viewpoint).looks(self.cases[number])
+            self._looks = number, {(look.view, look.focus): look for look in looks}
+        stack = self._looks[1][original.view, original.focus].stack
+        dice = Dice(torch.Generator().manual_seed((self.seed << 20) + self._next))
+        images, labels = augment(dice, stack.images(original.slices), original.labels)
+        return _Unfinished(original, labels, list(images.split(BATCH)), [])
+
+    def _size(self, number: int) -> int:
+        return len(self._cycle[number % len(self._cycle)].pooled)
+
+    def _batches(self, number: int) -> int:
+        return -(-self._size(number) // BATCH)
+
+    def _kept(self, sizes: Sequence[int]) -> int:
+        """How many of the first of the sizes there is room for, at least one."""
+        return max(1, sum(total <= self._room for total in accumulate(sizes[: self._most])))

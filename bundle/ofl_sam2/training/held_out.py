@@ -13,12 +13,12 @@ from ofl_sam2.training.losses import shrink_masks
 ENOUGH_CASES = 4
 MOST_SCORED = 16
 _CASES_PER_HELD_OUT = 8
-_BLOCK = 5
+_EVERY = 5
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows of pooled cases that are kept apart: whole cases of four or more, else a fifth of the slices of one.
+    """Rows of pooled cases that are kept apart: whole cases of four or more, else every fifth slice of each.
 
     Attributes:
         rows: view and key of a pooled case -> rows.
@@ -33,7 +33,7 @@ class HeldOut:
         if len(names) >= ENOUGH_CASES:
             apart = set(names[::_CASES_PER_HELD_OUT][: len(names) // ENOUGH_CASES])
             return cls({(c.view, c.key): tuple(range(len(c))) for c in cases if c.name in apart})
-        return cls({(c.view, c.key): _block(c) for c in cases if c.name == names[0] and _block(c)})
+        return cls({(c.view, c.key): rows for c in cases if (rows := _every_fifth(c))})
 
     def without(self, case: PooledCase) -> PooledCase | None:
         """What is left of a pooled case; None if that is nothing."""
@@ -72,18 +72,20 @@ def _taught(cases: Iterable[PooledCase]) -> frozenset[int]:
     return frozenset().union(*(case.known for case in cases))
 
 
-def _block(case: PooledCase) -> tuple[int, ...]:
-    """A fifth of the slices of a case, in the middle of those with a structure; none where there are few."""
-    return _middle(case, range(len(case)), len(case) // _BLOCK)
+def _every_fifth(case: PooledCase) -> tuple[int, ...]:
+    """Every fifth slice of a case; none where there are fewer, or where none of them has a structure.
+
+    A run of slices would leave a gap in the anatomy that training sees: on hippocampus it made training worse.
+    """
+    rows = tuple(range(_EVERY // 2, len(case), _EVERY)) if len(case) >= _EVERY else ()
+    return rows if any(case.present[row] for row in rows) else ()
 
 
-def _middle(case: PooledCase, rows: Sequence[int], count: int = MOST_SCORED) -> tuple[int, ...]:
-    """Up to `count` adjacent ones of the rows, in the middle of those with a structure."""
-    filled = [position for position, row in enumerate(rows) if case.present[row]]
-    if not filled or not count:
-        return ()
-    first = min(max(filled[len(filled) // 2] - count // 2, 0), max(0, len(rows) - count))
-    return tuple(rows[first : first + count])
+def _middle(case: PooledCase, rows: Sequence[int]) -> tuple[int, ...]:
+    """Up to `MOST_SCORED` successive ones of the rows, in the middle of those with a structure."""
+    filled = [position for position, row in enumerate(rows) if case.present[row]] or [len(rows) // 2]
+    first = min(max(filled[len(filled) // 2] - MOST_SCORED // 2, 0), max(0, len(rows) - MOST_SCORED))
+    return tuple(rows[first : first + MOST_SCORED])
 
 
 def _dice(segmenter: VolumeSegmenter, case: PooledCase, pool: SupportPool, values: tuple[int, ...]) -> list[float]:
@@ -91,7 +93,7 @@ def _dice(segmenter: VolumeSegmenter, case: PooledCase, pool: SupportPool, value
     run = Propagation(learned.supports, values, learned.solution, segmenter.settings)
     overlap, total = torch.zeros(len(values)), torch.zeros(len(values))
     for result in run.run(lambda row: case.slice(row).to(segmenter.device), pool.similarity(case.descriptors)):
-        predicted = (result.logits > 0).flatten(1).cpu()
+        predicted = (result.probabilities() > segmenter.settings.threshold).flatten(1)
         masks = torch.stack([case.mask(result.index, value) for value in values])
         true = (shrink_masks(masks, result.logits.shape[-1]) > 0.5).flatten(1)
         overlap += (predicted & true).sum(1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.dataset import LabelledCase
@@ -20,7 +21,7 @@ from ofl_sam2.memory.pool import PooledCase
 from ofl_sam2.progress import CancelToken, Progress, Watch
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.training.bank import EpisodeBank
-from ofl_sam2.training.copies import with_copies
+from ofl_sam2.training.copies import FreshCopies
 from ofl_sam2.training.episodes import unroll
 from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.losses import segmentation_loss
@@ -28,8 +29,10 @@ from ofl_sam2.training.processes import rank, synchronise, wait, world_size
 from ofl_sam2.training.synthetic import Dice
 
 _ENDLESS = 10**6
-_SLICES_PER_MINUTE = 160
+_SLICES_PER_MINUTE = 80
 _MOST_ASIDE = 0.5
+_AVERAGED = 0.98
+_WARM_UP = 20
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class TrainingSettings:
         episodes: per step.
         rate: peak learning rate of AdamW; the projection P learns at `projection_rate` times it.
         projection_rate: see `rate`.
-        copies: most augmented copies of each volume.
-        max_slices: bound on the slices (copies included) held in memory; short trainings make fewer copies.
+        copies: most augmented copies of each view of a volume at hand; each step draws a part of another one.
+        max_slices: bound on the slices (copies included) held in memory; short trainings start with fewer copies.
         seed: of augmentation and episodes.
     """
 
@@ -53,7 +56,7 @@ class TrainingSettings:
     epochs: int | None = None
     steps_per_epoch: int = 10
     episodes: int = 2
-    rate: float = 7e-4
+    rate: float = 5e-4
     projection_rate: float = 0.2
     copies: int = 8
     max_slices: int = 1200
@@ -103,6 +106,7 @@ def train(
 ) -> TrainingResult:
     """Fit learner and fusion of a segmenter that has learned these cases; SAM2 stays as it is.
 
+    What is fitted is the running average of the parameters over the last steps, on augmented copies that never repeat.
     A part of the labels is held out. If the fitted parameters are not better on it, the old ones come back. Under
     `torch.distributed` the processes share the episodes of each step.
 
@@ -131,23 +135,23 @@ def train(
     before = copy.deepcopy(segmenter.learner.state_dict())
     names = {case.volume.name for case in cases}
     held_out = HeldOut.choose([c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names])
-    watch = Watch(encoded, cancel)
     room = min(settings.max_slices, round(_SLICES_PER_MINUTE * settings.minutes))
-    volumes = with_copies(segmenter, cases, held_out, settings.copies, room, settings.seed, watch)
+    copies = FreshCopies(segmenter, cases, held_out, settings.copies, room, settings.seed)
+    run = _Training(segmenter, copies, settings)
+    if checkpoint is not None and checkpoint.is_file():
+        run.resume(checkpoint)
+    copies.start(run.steps, Watch(encoded, cancel))
     encoding, started = time.perf_counter() - started, time.perf_counter()
     dice_before = held_out.dice(segmenter)
     aside = min(encoding + 2 * (time.perf_counter() - started), _MOST_ASIDE * 60 * settings.minutes)
-    run = _Training(segmenter, volumes, settings, spent=aside)
-    if checkpoint is not None and checkpoint.is_file():
-        run.resume(checkpoint)
-    try:
-        reports = run.run(checkpoint, report, cancel, attach)
-        dice_after = held_out.dice(segmenter)
-        improved = dice_before is None or dice_after is None or dice_after > dice_before
-        if not improved:
-            segmenter.learner.load_state_dict(before)
-    finally:
-        segmenter.solve()
+    run.spent = max(run.spent, aside)
+    reports = run.run(checkpoint, report, cancel, attach)
+    segmenter.learner.load_state_dict(run.average.module.state_dict())
+    dice_after = held_out.dice(segmenter)
+    improved = dice_before is None or dice_after is None or dice_after > dice_before
+    if not improved:
+        segmenter.learner.load_state_dict(before)
+    segmenter.solve()
     wait()
     if checkpoint is not None and rank() == 0:
         checkpoint.unlink(missing_ok=True)
@@ -157,12 +161,12 @@ def train(
 class _Training:
     """The engine, its optimizer and what a checkpoint needs."""
 
-    def __init__(
-        self, segmenter: VolumeSegmenter, volumes: list[PooledCase], settings: TrainingSettings, spent: float
-    ) -> None:
-        self.learner, self.settings = segmenter.learner, settings
+    def __init__(self, segmenter: VolumeSegmenter, copies: FreshCopies, settings: TrainingSettings) -> None:
+        self.copies, self.settings = copies, settings
         self.backbone = segmenter.backbone
-        self.bank = EpisodeBank(segmenter.backbone, volumes, tuple(segmenter.structures))
+        self.learner = copy.deepcopy(segmenter.learner)
+        self.average = AveragedModel(self.learner, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGED))
+        self.bank = EpisodeBank(segmenter.backbone, copies.volumes, tuple(segmenter.structures))
         self.dice = Dice(torch.Generator().manual_seed(settings.seed + 1))
         projection = list(self.learner.projection.parameters())
         others = [p for p in self.learner.parameters() if all(p is not q for q in projection)]
@@ -171,8 +175,8 @@ class _Training:
             lr=settings.rate,
         )
         self.reports: list[EpochReport] = []
-        self.epochs, self.spent = 0, spent
-        self.fingerprint = _fingerprint(segmenter, volumes, settings)
+        self.epochs, self.steps, self.spent = 0, 0, 0.0
+        self.fingerprint = _fingerprint(segmenter, copies.originals, settings)
 
     def run(
         self,
@@ -223,9 +227,12 @@ class _Training:
     def _step(self, engine: Engine, _: Any) -> float:
         started = time.perf_counter()
         done = self._by_epochs() if self.settings.epochs else min(1.0, self._by_time())
-        rate = self.settings.rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+        warm = min(1.0, (self.steps + 1) / _WARM_UP)
+        rate = self.settings.rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
+        self.copies.step()
+        self.bank.replace(self.copies.volumes)
         episode = self.bank.draw(self.dice, self.settings.episodes)
         outputs = unroll(self.backbone, self.learner, episode)
         parts = torch.arange(sum(episode.sizes)).split(episode.sizes)
@@ -241,6 +248,8 @@ class _Training:
         spent, mean_loss = synchronise(parameters, time.perf_counter() - started, loss.item())
         nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
+        self.average.update_parameters(self.learner)
+        self.steps += 1
         self.spent += spent
         return mean_loss
 
@@ -248,9 +257,11 @@ class _Training:
         state = {
             "fingerprint": self.fingerprint,
             "learner": self.learner.state_dict(),
+            "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.dice.generator.get_state(),
             "reports": [vars(entry) for entry in self.reports],
+            "steps": self.steps,
             "spent": self.spent,
         }
         with atomic_path(path) as temporary:
@@ -266,10 +277,11 @@ class _Training:
         if fingerprint != self.fingerprint:
             return
         self.learner.load_state_dict(state["learner"])
+        self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.dice.generator.set_state(state["generator"])
         self.reports = [EpochReport(**entry) for entry in state["reports"]]
-        self.epochs, self.spent = len(self.reports), state["spent"]
+        self.epochs, self.steps, self.spent = len(self.reports), state["steps"], state["spent"]
 
 
 def _fingerprint(segmenter: VolumeSegmenter, volumes: Sequence[PooledCase], settings: TrainingSettings) -> str:
