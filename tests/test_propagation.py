@@ -14,7 +14,7 @@ from ofl_sam2.learner.few_shot import KERNEL
 from ofl_sam2.learner.steepest_descent import loss
 from ofl_sam2.memory.pool import MAIN, SupportKey
 from ofl_sam2.memory.working_set import WorkingSet
-from ofl_sam2.propagation import Propagation, SegmentedSlice, SupportEncoder, solve_on_pool, visiting_order
+from ofl_sam2.propagation import Propagation, SupportEncoder, solve_on_pool, visiting_order
 from ofl_sam2.settings import Order, Settings
 
 SLICES = 6
@@ -106,14 +106,8 @@ def test_slices_come_in_visiting_order_with_one_row_per_structure(start, slices)
     results = run(start(), slices)
     assert [result.index for result in results] == OUTWARD
     assert {result.logits.shape for result in results} == {(2, 16, 16)}
-    assert {result.confidence.shape for result in results} == {result.presence.shape for result in results} == {(2,)}
-
-
-@given(logit=st.floats(-8, 8), presence=st.floats(0, 1))
-def test_a_pixel_is_as_likely_as_its_mask_and_the_presence_of_its_structure(logit, presence):
-    result = SegmentedSlice(0, torch.full((1, 4, 4), logit), torch.tensor([presence]), torch.ones(1))
-    expected = torch.tensor(logit).sigmoid() * presence
-    assert torch.allclose(result.probabilities(lambda logits: logits[:, :2]), expected.expand(1, 2, 4))
+    assert {result.confidence.shape for result in results} == {result.present.shape for result in results} == {(2,)}
+    assert all((result.logits[~result.present] == -1024).all() for result in results)
 
 
 def test_at_the_turn_around_the_memories_are_those_after_the_start_slice(start, slices, monkeypatch, learned):

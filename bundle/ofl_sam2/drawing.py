@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from ofl_sam2.canvas import Canvas
+from ofl_sam2.canvas import LOGIT_LIMIT, Canvas
 from ofl_sam2.intensity import intensity_for
 from ofl_sam2.looks import Viewpoint, windows
 from ofl_sam2.memory.pool import View, describe
@@ -96,7 +96,7 @@ class Drawing:
         """Index and probabilities `(k, height, width)` of each slice."""
         offset = self.main.slices_before(window) if window else 0
         for result in self._propagate(view, stack, values, offset):
-            yield result.index, result.probabilities(stack.restore)
+            yield result.index, stack.restore(result.logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT).cpu()).sigmoid()
 
     def _smoothed(self, probabilities: Tensor) -> Tensor:
         """Probabilities `(k, *grid)` after a Gaussian of the same width in mm along all axes of space."""
@@ -135,7 +135,7 @@ class Drawing:
         run = Propagation(learned.supports, values, learned.of(values), self.segmenter.settings)
         for result in run.run(lambda index: self.segmenter.encode(stack.images([index])), torch.cat(similarities)):
             if view.axis is None:
-                self.confidence[offset + result.index, columns] = result.confidence
+                self.confidence[offset + result.index, columns] = result.confidence.cpu()
             yield result
             self.watch.advance()
 

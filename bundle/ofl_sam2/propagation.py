@@ -24,27 +24,12 @@ MAX_CACHED_SUPPORTS = 512
 
 @dataclass(frozen=True)
 class SegmentedSlice:
-    """One slice.
-
-    Attributes:
-        index: of the slice.
-        logits: of the masks, `(K, 4h, 4w)`.
-        presence: probability that a structure is in the slice at all, `(K,)`.
-        confidence: in the result, `(K,)` in [0, 1].
-    """
+    """One slice: `logits (K, 4h, 4w)` with absent structures overwritten, `confidence (K,)`, `present (K,)` bool."""
 
     index: int
     logits: Tensor
-    presence: Tensor
     confidence: Tensor
-
-    def probabilities(self, restore: Callable[[Tensor], Tensor] = lambda logits: logits) -> Tensor:
-        """P(pixel) = P(pixel | present) P(present); `restore` resamples the logits `(K, ...)` first.
-
-        SAM2 itself decides whether an object is present and then erases or draws it; averaged over views, the product
-        loses less where that decision is a near thing.
-        """
-        return restore(self.logits).sigmoid() * self.presence[:, None, None]
+    present: Tensor
 
 
 @dataclass(frozen=True)
@@ -217,7 +202,7 @@ class Propagation:
         decoded = self.backbone.decode(embedding, shared)
         trust = confidence(decoded)
         self._remember(shared, decoded, trust >= self.settings.gamma)
-        return SegmentedSlice(index, decoded.logits.cpu(), decoded.presence.sigmoid().cpu(), trust.cpu())
+        return SegmentedSlice(index, decoded.masks(), trust, decoded.presence > 0)
 
     def _retrieve(self, features: ImageFeatures) -> list[list[_Support]]:
         """Supports per structure, all lists of one length: short ones repeat their supports."""

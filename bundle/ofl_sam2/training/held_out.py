@@ -93,7 +93,7 @@ def _dice(segmenter: VolumeSegmenter, case: PooledCase, pool: SupportPool, value
     run = Propagation(learned.supports, values, learned.solution, segmenter.settings)
     overlap, total = torch.zeros(len(values)), torch.zeros(len(values))
     for result in run.run(lambda row: case.slice(row).to(segmenter.device), pool.similarity(case.descriptors)):
-        predicted = (result.probabilities() > segmenter.settings.threshold).flatten(1)
+        predicted = (result.logits > 0).flatten(1).cpu()
         masks = torch.stack([case.mask(result.index, value) for value in values])
         true = (shrink_masks(masks, result.logits.shape[-1]) > 0.5).flatten(1)
         overlap += (predicted & true).sum(1)
