@@ -30,6 +30,7 @@ from ofl_sam2.memory.pool import MAIN
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.store import load_model, read_index
 from ofl_sam2.training import pretraining
+from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.pretraining import Stage
 from ofl_sam2.training.trainer import TrainingSettings
 
@@ -158,6 +159,7 @@ def test_an_interrupted_training_is_saved_but_not_called_finished(learn, study, 
         return train(segmenter, cases, settings, checkpoint, lambda entry: (report(entry), cancel.cancel()), *rest)
 
     monkeypatch.setattr(jobs, "train", interrupted)
+    monkeypatch.setattr(HeldOut, "dice", lambda *_: None)
     with pytest.raises(Cancelled, match="what was finished before is kept"):
         train_on(study, tmp_path / "model", segmenter, ["a"], TrainingSettings(steps_per_epoch=1, copies=1), cancel)
     assert "trained_on" not in read_index(tmp_path / "model").notes
