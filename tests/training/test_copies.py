@@ -21,8 +21,12 @@ def segmenter(make_segmenter, cases):
     return make_segmenter(cases)
 
 
-def started(segmenter, cases, most=2, max_slices=100, held_out=NOTHING, steps=0, seed=0):
-    copies = FreshCopies(segmenter, cases, held_out, most, max_slices, seed)
+def fresh(segmenter, cases, most=2, max_slices=100, held_out=NOTHING, seed=0):
+    return FreshCopies(segmenter, cases, [case.volume.name for case in cases], held_out, most, max_slices, seed)
+
+
+def started(*args, steps=0, **kwargs):
+    copies = fresh(*args, **kwargs)
     copies.start(steps, Watch(None, None))
     return copies
 
@@ -33,7 +37,7 @@ def same(one, other):
 
 def test_copies_are_encoded_beside_the_originals_and_reported(segmenter, cases):
     told = []
-    copies = FreshCopies(segmenter, cases, NOTHING, 2, 100, 0)
+    copies = fresh(segmenter, cases)
     copies.start(0, Watch(lambda *step: told.append(step), None))
     volumes = copies.volumes
     assert [(volume.name, volume.slices) for volume in volumes[:2]] == [("a", tuple(range(6))), ("b", (1, 2, 3))]
@@ -103,4 +107,4 @@ def test_every_view_of_a_case_is_trained_on(make_segmenter, make_case):
 def test_encoding_can_be_cancelled(segmenter, cases):
     token = CancelToken()
     with pytest.raises(Cancelled):
-        FreshCopies(segmenter, cases, NOTHING, 2, 100, 0).start(0, Watch(lambda *_: token.cancel(), token))
+        fresh(segmenter, cases).start(0, Watch(lambda *_: token.cancel(), token))

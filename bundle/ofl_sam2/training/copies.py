@@ -45,7 +45,8 @@ class FreshCopies:
 
     Args:
         segmenter: has learned the cases.
-        cases: the labelled volumes; read one at a time.
+        cases: the labelled volumes; one is read for each copy.
+        names: of the cases.
         held_out: what to leave out.
         most: copies of each view of a case.
         max_slices: bound on the slices in memory; where the originals reach it, half of it is for copies.
@@ -56,6 +57,7 @@ class FreshCopies:
         self,
         segmenter: VolumeSegmenter,
         cases: Sequence[LabelledCase],
+        names: Sequence[str],
         held_out: HeldOut,
         most: int,
         max_slices: int,
@@ -64,10 +66,10 @@ class FreshCopies:
         self.segmenter, self.cases, self.seed = segmenter, cases, seed
         pooled = [
             _Original(rest, number)
-            for number, case in enumerate(cases)
+            for number, name in enumerate(names)
             for pool in segmenter.pools.values()
             for c in pool.cases.values()
-            if c.name == case.volume.name and (rest := held_out.without(c))
+            if c.name == name and (rest := held_out.without(c))
         ]
         self.originals = [original.pooled for original in pooled]
         generator = torch.Generator().manual_seed(seed)
@@ -100,7 +102,7 @@ class FreshCopies:
 
     @torch.no_grad()
     def step(self) -> int:
-        """Encode a batch of the next copy; returns of how many slices."""
+        """Encode a batch of the next copy; return of how many slices."""
         unfinished = self._unfinished or self._begin()
         batch = unfinished.waiting.pop(0)
         features = self.segmenter.backbone.encode_images(batch.to(self.segmenter.device))

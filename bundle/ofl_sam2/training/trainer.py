@@ -132,11 +132,10 @@ def train(
             f"{world_size()} processes cannot share {settings.episodes} episodes. Give as many episodes as processes."
         )
     started = time.perf_counter()
-    before = copy.deepcopy(segmenter.learner.state_dict())
-    names = {case.volume.name for case in cases}
+    names = [case.volume.name for case in cases]
     held_out = HeldOut.choose([c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names])
     room = min(settings.max_slices, round(_SLICES_PER_MINUTE * settings.minutes))
-    copies = FreshCopies(segmenter, cases, held_out, settings.copies, room, settings.seed)
+    copies = FreshCopies(segmenter, cases, names, held_out, settings.copies, room, settings.seed)
     run = _Training(segmenter, copies, settings)
     if checkpoint is not None and checkpoint.is_file():
         run.resume(checkpoint)
@@ -146,6 +145,7 @@ def train(
     aside = min(encoding + 2 * (time.perf_counter() - started), _MOST_ASIDE * 60 * settings.minutes)
     run.spent = max(run.spent, aside)
     reports = run.run(checkpoint, report, cancel, attach)
+    before = copy.deepcopy(segmenter.learner.state_dict())
     segmenter.learner.load_state_dict(run.average.module.state_dict())
     dice_after = held_out.dice(segmenter)
     improved = dice_before is None or dice_after is None or dice_after > dice_before
@@ -175,8 +175,13 @@ class _Training:
             lr=settings.rate,
         )
         self.reports: list[EpochReport] = []
-        self.epochs, self.steps, self.spent = 0, 0, 0.0
+        self.epochs, self.spent = 0, 0.0
         self.fingerprint = _fingerprint(segmenter, copies.originals, settings)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far, those before a resume included."""
+        return int(self.average.n_averaged)
 
     def run(
         self,
@@ -249,7 +254,6 @@ class _Training:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
         self.average.update_parameters(self.learner)
-        self.steps += 1
         self.spent += spent
         return mean_loss
 
@@ -261,7 +265,6 @@ class _Training:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.dice.generator.get_state(),
             "reports": [vars(entry) for entry in self.reports],
-            "steps": self.steps,
             "spent": self.spent,
         }
         with atomic_path(path) as temporary:
@@ -281,7 +284,7 @@ class _Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.dice.generator.set_state(state["generator"])
         self.reports = [EpochReport(**entry) for entry in state["reports"]]
-        self.epochs, self.steps, self.spent = len(self.reports), state["steps"], state["spent"]
+        self.epochs, self.spent = len(self.reports), state["spent"]
 
 
 def _fingerprint(segmenter: VolumeSegmenter, volumes: Sequence[PooledCase], settings: TrainingSettings) -> str:
