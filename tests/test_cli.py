@@ -48,7 +48,7 @@ CONTRACT = {
     "weights fetch": "NAME",
     "weights verify": "PATH",
     "synth": "--output --cases --seed",
-    "pretrain": "--output --minutes --device --resume --seed",
+    "pretrain": "--output --minutes --device --resume --further --seed",
     "demo": "--output --minutes --download",
 }
 
@@ -675,6 +675,7 @@ def test_pretraining_writes_both_weights_and_goes_on_from_its_checkpoint(cli, tm
         (["--minutes", "nan"], "nan minutes is not possible"),
         (["--resume", "absent.pt"], "no checkpoint absent.pt"),
         (["--resume", __file__], "checkpoint .* cannot be used"),
+        (["--resume", "absent.pt", "--further"], "either --resume or --further"),
         (["--output", "nano.pt"], "written as .safetensors"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     ],

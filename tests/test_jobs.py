@@ -232,7 +232,7 @@ def test_a_cancelled_pretraining_still_writes_its_weights(tmp_path):
     cancel = CancelToken()
     cancel.cancel()
     output = tmp_path / "new.safetensors"
-    assert pretrain_nano(output, 1.0, "cpu", None, 0, cancel) == 0
+    assert pretrain_nano(output, 1.0, "cpu", None, further=False, seed=0, cancel=cancel) == 0
     assert output.is_file()
     assert read_learner(tmp_path / "new_learner.safetensors").channels == 128
     assert (tmp_path / "new.checkpoint.pt").is_file()

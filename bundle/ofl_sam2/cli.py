@@ -180,13 +180,14 @@ def pretrain(
     minutes: Annotated[float, typer.Option(help="Time budget of all stages together.")] = 60.0,
     device: Device = "cpu",
     resume: Annotated[Path | None, typer.Option(help="Checkpoint of an earlier run.")] = None,
+    further: Annotated[bool, typer.Option("--further", help="Start from the package's weights.")] = False,
     seed: Seed = 0,
 ) -> None:
-    """Pretrain nano and its learner from scratch on synthetic volumes."""
+    """Pretrain nano and its learner on synthetic volumes, from scratch or further."""
     from ofl_sam2.jobs import pretrain_nano
 
     with cancel_on_interrupt() as cancel:
-        steps = pretrain_nano(output, minutes, device, resume, seed, cancel)
+        steps = pretrain_nano(output, minutes, device, resume, further, seed, cancel)
     out.print(f"{steps} steps done. Weights: {output}")
 
 

@@ -211,22 +211,37 @@ def check_all_segmented(failures: dict[str, str]) -> None:
 
 
 def pretrain_nano(
-    output: Path, minutes: float, device: str, resume: Path | None, seed: int, cancel: CancelToken
+    output: Path, minutes: float, device: str, resume: Path | None, further: bool, seed: int, cancel: CancelToken
 ) -> int:
     """Pretrain nano and write its weights, the learner's beside them, and a checkpoint.
+
+    Args:
+        output: where the weights go.
+        minutes: budget, what the checkpoint has spent included.
+        device: "cpu" or "cuda".
+        resume: checkpoint of an earlier run.
+        further: start from the weights of the package instead of random ones.
+        seed: of the random weights and the synthetic volumes.
+        cancel: to stop early; the weights are written.
 
     Returns:
         The number of steps so far.
 
     Raises:
-        InputError: no time, another suffix than .safetensors, or a checkpoint that cannot be read.
+        InputError: no time, another suffix than .safetensors, two starting points, or a checkpoint that cannot be
+            read.
     """
     check_device(device)
     if not 0 < minutes < math.inf:
         raise InputError(f"Pretraining for {minutes:g} minutes is not possible. Give a positive number of --minutes.")
     if output.suffix != ".safetensors":
         raise InputError(f"The weights are written as .safetensors, not as {output.name}. Choose such a name.")
-    state = PretrainingState.load(resume) if resume else PretrainingState.fresh(seed)
+    if resume and further:
+        raise InputError("Give either --resume or --further: a checkpoint knows what it started from.")
+    if resume:
+        state = PretrainingState.load(resume)
+    else:
+        state = PretrainingState.shipped() if further else PretrainingState.fresh(seed)
     stage = ""
     with progress("pretrain", unit="%") as done:
         for report in pretrain(state, output.with_suffix(".checkpoint.pt"), minutes, device, seed, cancel=cancel):

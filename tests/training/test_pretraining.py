@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from ofl_sam2.backbone.frozen import Decoded
+from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.backbone.weights import state_hash
 from ofl_sam2.errors import InputError
+from ofl_sam2.learner.load import shipped_learner
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.training import pretraining
 from ofl_sam2.training.pretraining import (
+    FURTHER_STAGES,
     STAGES,
     PretrainingState,
     Stage,
@@ -122,9 +125,30 @@ def test_resuming_from_nothing_is_an_error_in_words(tmp_path):
         PretrainingState.load(tmp_path / "absent.pt")
 
 
-def test_the_stages_share_the_whole_budget():
-    assert sum(stage.share for stage in STAGES) == pytest.approx(1)
-    assert not STAGES[-1].train_backbone
+@pytest.mark.parametrize("stages", [STAGES, FURTHER_STAGES])
+def test_the_stages_share_the_whole_budget(stages):
+    assert sum(stage.share for stage in stages) == pytest.approx(1)
+    assert not stages[-1].train_backbone
+
+
+def test_the_shipped_weights_are_trained_further_also_after_an_interruption(tmp_path):
+    state = PretrainingState.shipped()
+    shipped = load_backbone("nano")
+    assert state_hash(state.backbone) == state_hash(state.average["backbone"]) == state_hash(shipped)
+    assert state_hash(state.learner) == state_hash(shipped_learner("nano", shipped.width))
+    state.save(tmp_path / "c.pt")
+    resumed = PretrainingState.load(tmp_path / "c.pt")
+    resumed.spent = 59.0
+    assert resumed.further
+    (report,) = pretrain(resumed, tmp_path / "c.pt", 1, workers=0)
+    assert report.stage == FURTHER_STAGES[-1].name
+    assert state_hash(resumed.learner) != state_hash(state.learner)
+
+
+def test_memory_alone_is_trained_in_a_share_of_the_steps(state, tmp_path):
+    reports = run(state, tmp_path, 8, (Stage("joint", 1.0, 64, 1, 1, 1e-3, True, True, memory_share=0.5),))
+    alone = [not math.isnan(report.memory_dice) for report in reports]
+    assert 0 < sum(alone) < 8
 
 
 def test_an_episode_lines_up_all_objects_of_a_batch(nano):

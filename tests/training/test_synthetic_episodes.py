@@ -12,7 +12,7 @@ from ofl_sam2.training.synthetic_episodes import Episodes, SyntheticEpisodes
 
 
 def test_a_batch_has_the_shapes_asked_for():
-    batch = SyntheticEpisodes(32, episodes=3, objects=2, queries=4, supports=(2, 2)).batch(Dice(Generator()))
+    batch = SyntheticEpisodes(32, episodes=3, objects=2, queries=4).batch(Dice(Generator()), 2)
     assert batch.support_images.shape == (3, 2, 32, 32)
     assert batch.support_masks.shape == (3, 2, 2, 32, 32)
     assert batch.query_images.shape == (3, 4, 32, 32)
@@ -60,6 +60,14 @@ def test_a_seed_gives_the_same_episodes_twice_and_another_seed_others():
     assert not torch.equal(first.query_images, other.query_images)
 
 
+def test_processes_draw_different_episodes_with_equally_many_supports():
+    one, other = (list(itertools.islice(SyntheticEpisodes(32, episodes=1, seed=1, process=i), 5)) for i in (0, 1))
+    counts = [[batch.support_images.shape[1] for batch in batches] for batches in (one, other)]
+    assert counts[0] == counts[1]
+    assert len(set(counts[0])) > 1
+    assert not any(torch.equal(a.query_images, b.query_images) for a, b in zip(one, other, strict=True))
+
+
 def test_workers_draw_different_episodes():
     loader = DataLoader(SyntheticEpisodes(32, episodes=1, supports=(1, 1)), batch_size=None, num_workers=2)
     first, second = itertools.islice(loader, 2)
@@ -67,7 +75,7 @@ def test_workers_draw_different_episodes():
 
 
 def test_episodes_move_to_a_device():
-    batch = SyntheticEpisodes(32, episodes=1).batch(Dice(Generator()))
+    batch = SyntheticEpisodes(32, episodes=1).batch(Dice(Generator()), 1)
     moved = batch.to("meta")
     assert isinstance(moved, Episodes)
     assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}

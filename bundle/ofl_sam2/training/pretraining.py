@@ -17,12 +17,15 @@ from torch.utils.data import DataLoader
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.backbone.configs import backbone_config
 from ofl_sam2.backbone.frozen import Decoded, ImageFeatures, SAM2Backbone
+from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.errors import InputError
 from ofl_sam2.learner.few_shot import FewShotLearner
+from ofl_sam2.learner.load import shipped_learner
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.training.episodes import Episode, unroll
 from ofl_sam2.training.losses import segmentation_loss, shrink_masks
 from ofl_sam2.training.processes import rank, synchronise
+from ofl_sam2.training.synthetic import Dice
 from ofl_sam2.training.synthetic_episodes import Episodes, SyntheticEpisodes
 
 _WARM_UP = 30
@@ -43,6 +46,7 @@ class Stage:
         rate: peak learning rate.
         train_backbone: whether SAM2 is trained, with its memory alone.
         train_learner: whether learner and fusion are trained.
+        memory_share: of the steps that train SAM2, how many train it with its memory alone, too.
     """
 
     name: str
@@ -53,34 +57,50 @@ class Stage:
     rate: float
     train_backbone: bool
     train_learner: bool
+    memory_share: float = 1.0
 
 
 STAGES = (
     Stage("memory, small", 0.20, 128, 6, 3, 6e-4, True, False),
-    Stage("joint, small", 0.35, 128, 6, 3, 6e-4, True, True),
-    Stage("joint", 0.25, 256, 4, 3, 4e-4, True, True),
+    Stage("joint, small", 0.35, 128, 6, 3, 6e-4, True, True, memory_share=0.4),
+    Stage("joint", 0.25, 256, 4, 3, 4e-4, True, True, memory_share=0.4),
     Stage("learner", 0.20, 256, 4, 4, 1e-3, False, True),
+)
+FURTHER_STAGES = (
+    Stage("joint, small", 0.48, 128, 6, 3, 4e-4, True, True, memory_share=0.4),
+    Stage("joint", 0.36, 256, 3, 3, 2.5e-4, True, True, memory_share=0.4),
+    Stage("learner", 0.16, 256, 3, 4, 6e-4, False, True),
 )
 
 
 @dataclass
 class PretrainingState:
-    """What a checkpoint holds: weights, their running averages, and how much was done."""
+    """What a checkpoint holds: weights, their running averages, how much was done, and of which stages."""
 
     backbone: SAM2Backbone
     learner: FewShotLearner
     average: nn.ModuleDict
+    further: bool
     step: int = 0
     spent: float = 0.0
 
     @classmethod
     def fresh(cls, seed: int) -> "PretrainingState":
-        """Random weights."""
+        """Random weights, for `STAGES`."""
         torch.manual_seed(seed)
         backbone = SAM2Backbone(backbone_config("nano"))
-        learner = FewShotLearner(backbone.width)
+        return cls._of(backbone, FewShotLearner(backbone.width), further=False)
+
+    @classmethod
+    def shipped(cls) -> "PretrainingState":
+        """The weights of the package, for `FURTHER_STAGES`."""
+        backbone = load_backbone("nano")
+        return cls._of(backbone, shipped_learner("nano", backbone.width), further=True)
+
+    @classmethod
+    def _of(cls, backbone: SAM2Backbone, learner: FewShotLearner, further: bool) -> "PretrainingState":
         average = copy.deepcopy(nn.ModuleDict({"backbone": backbone, "learner": learner})).requires_grad_(False)
-        return cls(backbone, learner, average)
+        return cls(backbone, learner, average, further)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint atomically; with several processes the first one does."""
@@ -90,6 +110,7 @@ class PretrainingState:
             "backbone": self.backbone.state_dict(),
             "learner": self.learner.state_dict(),
             "average": self.average.state_dict(),
+            "further": self.further,
             "step": self.step,
             "spent": self.spent,
         }
@@ -111,7 +132,7 @@ class PretrainingState:
             state.backbone.load_state_dict(saved["backbone"])
             state.learner.load_state_dict(saved["learner"])
             state.average.load_state_dict(saved["average"])
-            state.step, state.spent = saved["step"], saved["spent"]
+            state.further, state.step, state.spent = saved["further"], saved["step"], saved["spent"]
         except Exception as error:
             raise InputError(f"The checkpoint {path} cannot be used: damaged, or of another version.") from error
         return state
@@ -135,26 +156,26 @@ def pretrain(
     minutes: float,
     device: str = "cpu",
     seed: int = 0,
-    stages: tuple[Stage, ...] = STAGES,
+    stages: tuple[Stage, ...] | None = None,
     cancel: CancelToken | None = None,
     workers: int = 1,
 ) -> Iterator[StepReport]:
     """Run what is left of a time budget, yielding a report per step and writing checkpoints.
 
     Args:
-        state: fresh, or loaded from a checkpoint; changed in place.
+        state: fresh, shipped, or loaded from a checkpoint; changed in place.
         checkpoint: where to save.
         minutes: the whole budget, including what the state has spent already.
         device: "cpu" or "cuda".
         seed: of the synthetic episodes.
-        stages: their shares sum to 1.
+        stages: their shares sum to 1; default by the state.
         cancel: to stop early; the checkpoint is written.
         workers: processes that draw synthetic volumes.
     """
     modules = nn.ModuleDict({"backbone": state.backbone, "learner": state.learner}).to(device)
     state.average.to(device)
     plan, ends = _Plan(checkpoint, 60 * minutes, device, seed, cancel or CancelToken(), workers), 0.0
-    for stage in stages:
+    for stage in stages or (FURTHER_STAGES if state.further else STAGES):
         begins, ends = ends, ends + stage.share * plan.budget
         if state.spent >= ends:
             continue
@@ -185,13 +206,15 @@ def _run_stage(state: PretrainingState, stage: Stage, window: tuple[float, float
     state.learner.requires_grad_(stage.train_learner)
     trained = [p for p in (*state.backbone.parameters(), *state.learner.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=stage.rate, weight_decay=0.02, betas=(0.9, 0.98))
-    batches = _batches(stage, plan.seed + state.step + 10**6 * rank(), plan.workers)
+    batches = _batches(stage, plan.seed + state.step, plan.workers)
+    coin = Dice(torch.Generator().manual_seed(plan.seed + state.step))
     first, saved, clock = state.step, state.spent, time.perf_counter()
     while state.spent < window[1] and not plan.cancel.cancelled:
         done = (state.spent - window[0]) / (window[1] - window[0])
         for group in optimizer.param_groups:
             group["lr"] = _rate(stage, state.step - first, done)
-        outputs = _objective(state, stage, next(batches).to(plan.device))
+        memory = stage.train_backbone and coin.chance(stage.memory_share)
+        outputs = _objective(state, stage, next(batches).to(plan.device), memory)
         pairs = [pair for branch in outputs for pair in branch]
         loss = torch.stack([segmentation_loss(*pair, presence=0.5, empty=0.5) for pair in pairs]).mean()
         optimizer.zero_grad()
@@ -216,16 +239,18 @@ def _rate(stage: Stage, steps: int, done: float) -> float:
 
 
 def _batches(stage: Stage, seed: int, workers: int) -> Iterator[Episodes]:
-    data = SyntheticEpisodes(stage.size, stage.episodes, stage.objects, seed=seed)
+    data = SyntheticEpisodes(stage.size, stage.episodes, stage.objects, seed=seed, process=rank())
     return iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
 
 
-def _objective(state: PretrainingState, stage: Stage, batch: Episodes) -> list[list[tuple[Decoded, Tensor]]]:
-    """Decoded queries and their masks, for the memory branch and for the online branch."""
+def _objective(
+    state: PretrainingState, stage: Stage, batch: Episodes, memory: bool
+) -> list[list[tuple[Decoded, Tensor]]]:
+    """Decoded queries and their masks, for the memory branch and for the online branch; none where not wanted."""
     with torch.set_grad_enabled(stage.train_backbone):
         episode = to_episode(state.backbone, batch)
     branches: list[list[tuple[Decoded, Tensor]]] = [[], []]
-    learners: Iterable[FewShotLearner | None] = [None] * stage.train_backbone + [state.learner] * stage.train_learner
+    learners: Iterable[FewShotLearner | None] = [None] * memory + [state.learner] * stage.train_learner
     for learner in learners:
         outputs = unroll(state.backbone, learner, episode, _TEACHER_FORCING)
         branches[learner is not None] = list(zip(outputs, episode.query_masks, strict=True))

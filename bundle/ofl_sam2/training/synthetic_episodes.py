@@ -40,6 +40,8 @@ class SyntheticEpisodes(IterableDataset):
         episodes, objects, queries: E, O and Q of a batch.
         supports: smallest and largest number S of support slices, drawn per batch.
         seed: of the first worker; further workers count on.
+        process: number of this one among processes that train together; their batches differ, but not in S, so that
+            none waits for the others.
         device: where the volumes are made.
     """
 
@@ -51,6 +53,7 @@ class SyntheticEpisodes(IterableDataset):
         queries: int = 3,
         supports: tuple[int, int] = (1, 6),
         seed: int = 0,
+        process: int = 0,
         device: str = "cpu",
     ) -> None:
         if queries > MAX_QUERIES:
@@ -58,19 +61,19 @@ class SyntheticEpisodes(IterableDataset):
                 f"{queries} query slices do not fit into the thinnest volumes; take at most {MAX_QUERIES}."
             )
         self.size, self.episodes, self.objects, self.queries = size, episodes, objects, queries
-        self.supports, self.seed, self.device = supports, seed, device
+        self.supports, self.seed, self.process, self.device = supports, seed, process, device
 
     def __iter__(self) -> Iterator[Episodes]:
         """Yield batches for ever."""
         worker = get_worker_info()
         seed = self.seed * 1000 + (worker.id if worker else 0)
-        dice = Dice(Generator(self.device).manual_seed(seed))
+        counts = Dice(Generator().manual_seed(seed))
+        dice = Dice(Generator(self.device).manual_seed(seed + 10**9 * self.process))
         while True:
-            yield self.batch(dice)
+            yield self.batch(dice, counts.integer(*self.supports))
 
-    def batch(self, dice: Dice) -> Episodes:
-        """Draw one batch; several anatomies share it."""
-        count = dice.integer(*self.supports)
+    def batch(self, dice: Dice, count: int) -> Episodes:
+        """Draw one batch with `count` supports; several anatomies share it."""
         parts: list[tuple[Tensor, ...]] = []
         while len(parts) < self.episodes:
             parts += self._pair(dice, count)[: self.episodes - len(parts)]
@@ -121,7 +124,7 @@ def _repaint(dice: Dice, palette: Palette) -> Palette:
 
 
 def _targets(dice: Dice, supports: Tensor, queries: Tensor, count: int) -> list[Tensor] | None:
-    """Draw `count` targets seen in the supports, most of them in the queries as well; None if there are none."""
+    """Draw `count` targets seen in the supports, a quarter of them in no query if there are such; None without any."""
     pixels = supports.shape[-1] ** 2
 
     def seen(regions: Tensor) -> set[int]:
@@ -134,13 +137,13 @@ def _targets(dice: Dice, supports: Tensor, queries: Tensor, count: int) -> list[
         pair = [candidates[dice.integer(0, len(candidates) - 1)] for _ in range(2)]
         return min(pair, key=lambda value: int((queries == value).sum())) if dice.chance(0.6) else pair[0]
 
-    in_supports = sorted(seen(supports))
-    both = sorted(seen(queries) & set(in_supports))
+    in_supports = seen(supports)
+    both, gone = sorted(seen(queries) & in_supports), sorted(in_supports - set(queries.unique().tolist()))
     if not both:
         return None
     chosen = []
     for _ in range(count):
-        source = both if dice.chance(0.75) else in_supports
+        source = gone if gone and dice.chance(0.25) else both
         target = [draw(source)] + ([draw(source)] if dice.chance(0.1) else [])
         chosen.append(torch.tensor(target, device=supports.device))
     return chosen
