@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ofl_sam2.errors import Cancelled
+from ofl_sam2.looks import Viewpoint
 from ofl_sam2.progress import CancelToken, Watch
 from ofl_sam2.training.copies import FreshCopies
 from ofl_sam2.training.held_out import HeldOut
@@ -102,6 +103,16 @@ def test_every_view_of_a_case_is_trained_on(make_segmenter, make_case):
     assert len(segmenter.pools) > 1
     assert {volume.view for volume in volumes[: len(volumes) // 2]} == set(segmenter.pools)
     assert len(volumes) == 2 * sum(len(pool.cases) for pool in segmenter.pools.values())
+
+
+def test_a_case_is_read_once_for_the_copies_of_all_its_views(make_segmenter, make_case, monkeypatch):
+    cases = [make_case(name, grid=(40, 40, 40), affine=torch.eye(4).double().numpy()) for name in "abc"]
+    segmenter, looked_at = make_segmenter(cases), []
+    looks = Viewpoint.looks
+    monkeypatch.setattr(Viewpoint, "looks", lambda *args: looked_at.append(args[1].volume.name) or looks(*args))
+    started(segmenter, cases, 2, 1000)
+    assert sorted(looked_at[:3]) == ["a", "b", "c"]
+    assert looked_at == looked_at[:3] * 2
 
 
 def test_encoding_can_be_cancelled(segmenter, cases):

@@ -45,7 +45,7 @@ class FreshCopies:
 
     Args:
         segmenter: has learned the cases.
-        cases: the labelled volumes; one is read for each copy.
+        cases: the labelled volumes; each is read once a round.
         names: of the cases.
         held_out: what to leave out.
         most: copies of each view of a case.
@@ -73,7 +73,9 @@ class FreshCopies:
         ]
         self.originals = [original.pooled for original in pooled]
         generator = torch.Generator().manual_seed(seed)
-        self._cycle = [pooled[row] for row in torch.randperm(len(pooled), generator=generator).tolist()]
+        place = torch.randperm(len(names), generator=generator).tolist()
+        shuffled = [pooled[row] for row in torch.randperm(len(pooled), generator=generator).tolist()]
+        self._cycle = sorted(shuffled, key=lambda original: place[original.number])
         self._most, self._room = most * len(pooled), max(max_slices - sum(map(len, self.originals)), max_slices // 2)
         self._copies: list[PooledCase] = []
         self._next = 0
