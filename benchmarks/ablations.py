@@ -50,8 +50,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "1 step at learn and on slices": {"learn_steps": 1, "first_steps": 1, "update_steps": 1},
     "30, 15 and 9 steps": {"learn_steps": 30, "first_steps": 15, "update_steps": 9},
     "no smoothing": {"smoothing": 0.0},
-    "threshold 0.5": {"threshold": 0.5},
     "threshold 0.3": {"threshold": 0.3},
+    "threshold 0.5": {"threshold": 0.5},
 }
 
 

@@ -249,7 +249,7 @@ def pretrain_nano(
                 stage = report.stage
                 err.print(f"Stage '{stage}' begins at step {report.step} with loss {report.loss:.3f}.")
             done(min(100, round(100 * report.share)), 100)
-    backbone, learner = state.average.children()
+    backbone, learner = state.result().children()
     sam2 = cast(SAM2Backbone, backbone).sam2
     weights = {name: tensor.half().cpu().contiguous() for name, tensor in sam2.state_dict().items()}
     with atomic_path(output) as temporary:

@@ -56,7 +56,7 @@ class Settings:
         smoothing: standard deviation of the Gaussian that smooths the probabilities of a volume, as a multiple of its
             finest voxel spacing.
         threshold: probability from which a voxel is drawn. The highest Dice D is expected at D / 2 (Lipton et al.,
-            ECML 2014), which is 0.4 for 0.8.
+            ECML 2014), which is 0.35 for 0.7.
 
     Raises:
         InputError: a value of another type, or out of range.
@@ -84,7 +84,7 @@ class Settings:
     side_views: bool = True
     close_ups: bool = True
     smoothing: float = 0.8
-    threshold: float = 0.4
+    threshold: float = 0.35
 
     def __post_init__(self) -> None:
         if self.order not in tuple(Order):

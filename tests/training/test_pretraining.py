@@ -15,6 +15,7 @@ from ofl_sam2.learner.load import shipped_learner
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.training import pretraining
 from ofl_sam2.training.pretraining import (
+    FURTHER_SHARE,
     FURTHER_STAGES,
     STAGES,
     PretrainingState,
@@ -143,6 +144,20 @@ def test_the_shipped_weights_are_trained_further_also_after_an_interruption(tmp_
     (report,) = pretrain(resumed, tmp_path / "c.pt", 1, workers=0)
     assert report.stage == FURTHER_STAGES[-1].name
     assert state_hash(resumed.learner) != state_hash(state.learner)
+
+
+def test_further_training_ends_between_the_shipped_and_the_trained_weights():
+    state = PretrainingState.shipped()
+    with torch.no_grad():
+        for value in state.average.parameters():
+            value.add_(1.0)
+    shipped_values = (*state.backbone.parameters(), *state.learner.parameters())
+    for value, shipped in zip(state.result().parameters(), shipped_values, strict=True):
+        torch.testing.assert_close(value, shipped + FURTHER_SHARE)
+
+
+def test_training_from_scratch_ends_with_the_running_average(state):
+    assert state.result() is state.average
 
 
 def test_memory_alone_is_trained_in_a_share_of_the_steps(state, tmp_path):

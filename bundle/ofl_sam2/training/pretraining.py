@@ -32,6 +32,7 @@ _WARM_UP = 30
 _EMA = 0.998
 _CHECKPOINT_SECONDS = 120
 _TEACHER_FORCING = 0.3
+FURTHER_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,19 @@ class PretrainingState:
     def _of(cls, backbone: SAM2Backbone, learner: FewShotLearner, further: bool) -> "PretrainingState":
         average = copy.deepcopy(nn.ModuleDict({"backbone": backbone, "learner": learner})).requires_grad_(False)
         return cls(backbone, learner, average, further)
+
+    @torch.no_grad()
+    def result(self) -> nn.ModuleDict:
+        """The running averages; after further training, `FURTHER_SHARE` of them and the rest of the package's weights.
+
+        Between both ends the weights are better than at either (Wortsman et al., CVPR 2022).
+        """
+        if not self.further:
+            return self.average
+        mixed = PretrainingState.shipped().average
+        for value, trained in zip(mixed.parameters(), self.average.parameters(), strict=True):
+            value.lerp_(trained.to(value), FURTHER_SHARE)
+        return mixed
 
     def save(self, path: Path) -> None:
         """Write a checkpoint atomically; with several processes the first one does."""
