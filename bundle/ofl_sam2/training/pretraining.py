@@ -68,9 +68,8 @@ STAGES = (
     Stage("learner", 0.20, 256, 4, 4, 1e-3, False, True),
 )
 FURTHER_STAGES = (
-    Stage("joint, small", 0.48, 128, 6, 3, 4e-4, True, True, memory_share=0.4),
-    Stage("joint", 0.36, 256, 3, 3, 2.5e-4, True, True, memory_share=0.4),
-    Stage("learner", 0.16, 256, 3, 4, 6e-4, False, True),
+    Stage("joint", 0.82, 256, 3, 3, 1.5e-4, True, True, memory_share=0.4),
+    Stage("learner", 0.18, 256, 3, 4, 4e-4, False, True),
 )
 
 

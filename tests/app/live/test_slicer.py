@@ -1,6 +1,8 @@
 """The requests of Slicer's module in its order, on images of every kind and orientation."""
 
 import http.client
+import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,13 +134,16 @@ def test_requests_of_a_session_in_their_order(
     slicer.run(second, session)
     slicer.submit_scene(second)
     slicer.rest.train_start("", {})  # "ALL", which the panel shows first
-    assert slicer.rest.train_status(check_if_running=True)
+    started = time.monotonic()
+    while not slicer.rest.train_status(check_if_running=True):  # the server's own thread takes the task up
+        assert time.monotonic() < started + 30
     assert slicer.rest.train_stop()["status"] == "STOPPED"
     expected = ["POST /activelearning/sequential", "GET /datastore/image?image=coronal", "GET /datastore/?output=all"]
     expected += ["POST /infer/ofl_sam2?image=coronal", "PUT /session/", f"GET /session/{session}"]
     expected += [f"POST /infer/ofl_sam2?image=coronal&session_id={session}"]
     expected += ["PUT /datastore/label?image=coronal", "GET /info/", "POST /train/"]
-    assert requests_sent == [*expected, "GET /train/?check_if_running=true", "DELETE /train/"]
+    without_repeats = [request for request, _ in itertools.groupby(requests_sent)]
+    assert without_repeats == [*expected, "GET /train/?check_if_running=true", "DELETE /train/"]
 
 
 @pytest.mark.parametrize("image", ["frames", "lps", "oblique", "partial", "ras", "tilted"])
