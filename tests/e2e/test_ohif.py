@@ -85,7 +85,7 @@ def test_an_exported_label_teaches_the_next_case(clinic: Clinic, tmp_path: Path)
     answer = viewer.run()
     viewer.picture("result")
     assert min(viewer.overlays()) > 500
-    assert dice(answer, clinic.second, tmp_path) > 0.9
+    assert dice(answer, clinic.second, tmp_path) > 0.85
 
 
 def test_a_corrected_draft_is_learned(clinic: Clinic, tmp_path: Path) -> None:
