@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from support import HIPPOCAMPUS, RESULTS, data_folder, evaluate, labelled, machine, nano, splits
+from support import HIPPOCAMPUS, RESULTS, data_folder, evaluate, labelled, machine, nano
 from support.table import ResumableTable
-from support.tasks import draws
+from support.tasks import folds
 
 from ofl_sam2.atomic import atomic_path, atomic_write_text
 from ofl_sam2.overlay import PALETTE
@@ -55,13 +55,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def folds() -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """(labelled volumes, volumes to segment) of each draw, all from dev_shots."""
-    names = splits()["dev_shots"]
-    rest = [(chosen, [name for name in names if name not in chosen]) for chosen in draws(names, SHOTS, count=FOLDS)]
-    return [(chosen, tuple(others[QUERIES * i % len(others) :][:QUERIES])) for i, (chosen, others) in enumerate(rest)]
-
-
 def measure(segmenters: list[VolumeSegmenter], cases: list[list], changes: dict[str, Any]) -> dict[str, Any]:
     """Dice of each fold under changed settings."""
     started = time.perf_counter()
@@ -84,7 +77,8 @@ def run(table: ResumableTable) -> None:
     if not missing:
         return
     segmenters, cases = [], []
-    for supports, queries in folds():
+    for fold, (supports, others) in enumerate(folds(SHOTS, FOLDS)):
+        queries = others[QUERIES * fold % len(others) :][:QUERIES]
         segmenters.append(nano(cache_bytes=1 << 30))
         segmenters[-1].learn([labelled(folder, name) for name in supports], HIPPOCAMPUS)
         cases.append([labelled(folder, name) for name in queries])
@@ -95,8 +89,9 @@ def run(table: ResumableTable) -> None:
 
 
 def report(rows: dict[str, dict[str, Any]], stem: Path) -> None:
-    """Write the table as Markdown and the differences to the default as a picture."""
+    """Write the table of the default's weights as Markdown and the differences to the default as a picture."""
     base = rows[BASE]
+    rows = {name: row for name, row in rows.items() if row["weights"] == base["weights"]}
     lines = [
         f"| {SHOTS} labelled volumes | Dice | difference | lowest - highest of {FOLDS} draws |",
         "|---|---|---|---|",

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from support import HIPPOCAMPUS, RESULTS, data_folder, labelled, nano, score_case, splits, write
-from support.tasks import draws
+from support.tasks import folds
 
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.dataset import LabelledCase
@@ -62,13 +62,10 @@ class Estimates:
         }
 
 
-def folds(split: str) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+def folds_of(split: str) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """(labelled volumes, volumes to segment): the others of dev_shots, or all of dev_val."""
-    names = splits()
-    supports = draws(names["dev_shots"], SHOTS, count=FOLDS)
-    if split == "dev_val":
-        return [(chosen, tuple(names["dev_val"])) for chosen in supports]
-    return [(chosen, tuple(name for name in names["dev_shots"] if name not in chosen)) for chosen in supports]
+    inside = folds(SHOTS, FOLDS)
+    return inside if split == "dev_shots" else [(chosen, tuple(splits()["dev_val"])) for chosen, _ in inside]
 
 
 def of_slices(segmenter: VolumeSegmenter, case: LabelledCase, result: Segmentation) -> tuple[Estimates, Estimates]:
@@ -99,7 +96,7 @@ def main(split: str, queries: int | None) -> None:
     folder = data_folder("msd_hippocampus")
     parts: dict[str, list[Estimates]] = {"slices": [], "slices with the structure": [], "volumes": []}
     listed = []
-    for supports, names in folds(split):
+    for supports, names in folds_of(split):
         segmenter = nano()
         segmenter.learn([labelled(folder, name) for name in supports], HIPPOCAMPUS)
         listed.append({"learned_from": supports, "segmented": names[:queries]})

@@ -94,6 +94,12 @@ def draws(names: Sequence[str], shots: int, count: int = DRAWS, seed: int = SEED
     return [tuple(order[(start + place) % len(order)] for place in range(shots)) for start in starts]
 
 
+def folds(shots: int, count: int) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """(labelled volumes, the others) of each draw: cross-validation inside the hippocampus dev_shots."""
+    names = splits()["dev_shots"]
+    return [(chosen, tuple(n for n in names if n not in chosen)) for chosen in draws(names, shots, count=count)]
+
+
 def hippocampus() -> DataSet:
     """MR, two structures: K of dev_shots, scored on all of dev_val."""
     split = splits()

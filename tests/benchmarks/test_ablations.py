@@ -15,9 +15,12 @@ def test_every_ablation_changes_the_default():
 
 def test_the_table_gives_the_difference_to_the_default(tmp_path):
     rows = {
-        BASE: {"dice": 0.7, "folds": [0.6, 0.8]},
-        "no online update": {"dice": 0.65, "folds": [0.5, 0.8]},
+        BASE: {"weights": "new", "dice": 0.7, "folds": [0.6, 0.8]},
+        "no online update": {"weights": "new", "dice": 0.65, "folds": [0.5, 0.8]},
+        "no smoothing": {"weights": "old", "dice": 0.6, "folds": [0.5, 0.7]},
     }
     report(rows, tmp_path / "ablations")
-    assert "| no online update | 0.650 | -0.050 | -0.100 - +0.000 |" in (tmp_path / "ablations.md").read_text()
+    table = (tmp_path / "ablations.md").read_text()
+    assert "| no online update | 0.650 | -0.050 | -0.100 - +0.000 |" in table
+    assert "no smoothing" not in table
     assert (tmp_path / "ablations.png").stat().st_size > 1000
