@@ -37,9 +37,16 @@ class Phantom:
         """Mask of the ball, (column, row, slice)."""
         return _distance_mm(self.centre) <= self.radius_mm
 
+    @property
+    def height_mm(self) -> float:
+        """Where the slice through the middle of the ball lies, as ImagePositionPatient has it."""
+        return self.centre[2] * SPACING[2]
 
-def write_phantom(folder: Path, name: str, centre: tuple[int, int, int], radius_mm: float, seed: int) -> Phantom:
-    """Write an axial CT series of `SHAPE` voxels and `SPACING` mm into a new folder."""
+
+def write_phantom(
+    folder: Path, name: str, centre: tuple[int, int, int], radius_mm: float, seed: int, upwards: bool = True
+) -> Phantom:
+    """Write an axial CT series of `SHAPE` voxels and `SPACING` mm into a new folder, numbered upwards or downwards."""
     folder.mkdir()
     study, series, frame = generate_uid(), generate_uid(), generate_uid()
     middle = (SHAPE[0] // 2, SHAPE[1] // 2, SHAPE[2] // 2)
@@ -50,6 +57,7 @@ def write_phantom(folder: Path, name: str, centre: tuple[int, int, int], radius_
     files = []
     for number in range(SHAPE[2]):
         dataset = _slice(hu[..., number].T, number)
+        dataset.InstanceNumber = number + 1 if upwards else SHAPE[2] - number
         dataset.PatientName, dataset.PatientID = name, name.replace("^", "-")
         dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = study, series, frame
         files.append(folder / f"{number:03d}.dcm")
@@ -78,7 +86,7 @@ def _slice(hu: np.ndarray, number: int) -> Dataset:
     dataset.StudyDate, dataset.StudyTime, dataset.StudyID, dataset.AccessionNumber = "20260101", "120000", "1", ""
     dataset.SeriesDate, dataset.SeriesTime, dataset.SeriesDescription = "20260101", "120000", "Phantom"
     dataset.Manufacturer, dataset.ReferringPhysicianName = "phantom", ""
-    dataset.SeriesNumber, dataset.InstanceNumber, dataset.AcquisitionNumber = 2000, number + 1, 1
+    dataset.SeriesNumber, dataset.AcquisitionNumber = 2000, 1
     dataset.KVP, dataset.PositionReferenceIndicator = 120, ""
     column, row, thickness = SPACING
     dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]

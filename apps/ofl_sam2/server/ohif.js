@@ -1,10 +1,10 @@
 
-// Three repairs of OHIF 3.10.0-beta.5.
+// Repairs of OHIF 3.10.0-beta.5.
 window.config.extensions.push({
   id: 'ofl-sam2.repairs',
   onModeEnter: ({ commandsManager, servicesManager }) => {
     showImagesNotSegmentations(servicesManager.services.hangingProtocolService);
-    storeOnTheServerOfTheStudies(commandsManager);
+    exportSegmentations(commandsManager);
     sayWhyItFailed(servicesManager.services.uiNotificationService);
   },
 });
@@ -18,15 +18,54 @@ function showImagesNotSegmentations(hangingProtocolService) {
 
 // Two commands are called storeSegmentation: CORNERSTONE's, which the menu means and which picks the server, and
 // SEGMENTATION's, which stores on the server it is given. The later one wins, and "Export DICOM SEG" ends in an error.
-// A third one, later still, sends each call to the right one.
-function storeOnTheServerOfTheStudies(commandsManager) {
+// A third one, later still, sends each call to the right one. What is stored or downloaded is generated in file order.
+function exportSegmentations(commandsManager) {
   const context = 'OFL_SAM2';
   if (!commandsManager.getContext('SEGMENTATION') || commandsManager.getContext(context)) return;
   commandsManager.createContext(context);
+
+  const store = options => commandsManager.runCommand('storeSegmentation', options, 'SEGMENTATION');
+  const generate = options => commandsManager.runCommand('generateSegmentation', options, 'SEGMENTATION');
+  const ordered = ({ segmentationId, dataSource }) => {
+    const dicom = dataset => {
+      const options = { SeriesDescription: dataset.SeriesDescription };
+      const { dataset: right } = inFileOrder(segmentationId, () => generate({ segmentationId, options }));
+      return dataSource.store.dicom(Object.assign(dataset, right));
+    };
+    return { segmentationId, dataSource: { ...dataSource, store: { ...dataSource.store, dicom } } };
+  };
   commandsManager.registerCommand(context, 'storeSegmentation', {
     commandFn: options =>
-      commandsManager.runCommand('storeSegmentation', options, options.dataSource ? 'SEGMENTATION' : 'CORNERSTONE'),
+      options.dataSource
+        ? store(ordered(options))
+        : commandsManager.runCommand('storeSegmentation', options, 'CORNERSTONE'),
   });
+  commandsManager.registerCommand(context, 'downloadSegmentation', {
+    commandFn: options =>
+      inFileOrder(options.segmentationId, () =>
+        commandsManager.runCommand('downloadSegmentation', options, 'SEGMENTATION')
+      ),
+  });
+}
+
+// A SEG is generated from masks in the order in which the viewer shows them, and from headers which dcmjs sorts along
+// the normal of the slices, last first: a series that is shown first to last would be stored mirrored (OHIF issue 5038).
+function inFileOrder(segmentationId, generate) {
+  const { cache, metaData } = window.cornerstone;
+  const labelmap = window.cornerstoneTools.segmentation.state.getSegmentation(segmentationId).representationData.Labelmap;
+  const height = imageId => {
+    const image = metaData.get('instance', cache.getImage(imageId).referencedImageId);
+    const [ax, ay, az, bx, by, bz] = image.ImageOrientationPatient;
+    const [x, y, z] = image.ImagePositionPatient;
+    return x * (ay * bz - az * by) + y * (az * bx - ax * bz) + z * (ax * by - ay * bx);
+  };
+  const shown = labelmap.imageIds;
+  labelmap.imageIds = [...shown].sort((one, other) => height(other) - height(one));
+  try {
+    return generate();
+  } finally {
+    labelmap.imageIds = shown;
+  }
 }
 
 // The MONAI Label panel says "Failed to Run Segmentation" and no more. The server's sentence is shown beside it.
