@@ -109,7 +109,7 @@ def report(rows: dict[str, dict[str, Any]], stem: Path) -> None:
         ax.plot(gaps.mean(), place, "D", color=PALETTE[5], markersize=6)
     ax.axvline(0, color="#999999", linewidth=1)
     ax.set_yticks(range(len(names)), names, fontsize=9)
-    ax.set_xlabel(f"Dice minus that of the default with one view ({base['dice']:.3f}); diamond: mean of the draws")
+    ax.set_xlabel(f"Dice minus the default's with one view ({base['dice']:.3f})\ndiamond: mean of the draws")
     ax.spines[["top", "right"]].set_visible(False)
     with atomic_path(stem.with_suffix(".png")) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
