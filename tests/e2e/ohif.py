@@ -183,6 +183,12 @@ class Viewer:
         assert stored.value.ok, stored.value.text()
         self._page.get_by_text("Segmentation saved successfully").wait_for()
 
+    def download(self) -> Path:
+        """Download the segmentation as a DICOM file; the export menu is open."""
+        with self._page.expect_download() as downloaded:
+            self._page.get_by_role("menuitem", name="Download DICOM SEG").press("Enter")
+        return Path(downloaded.value.path())
+
     # What can be seen
 
     @property

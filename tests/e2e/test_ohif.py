@@ -40,15 +40,13 @@ class Clinic:
 def clinic(
     tmp_path: Path, make_orthanc: Callable[..., Orthanc], start_server: Callable[..., Any], page: Page
 ) -> Iterator[Clinic]:
-    """The ball of the second patient is a little larger and lies elsewhere, and the slices are numbered downwards.
+    """The second patient's ball is a little larger and lies elsewhere. The first one's slices are numbered downwards.
 
     What was seen last is kept as a picture.
     """
     orthanc = make_orthanc()
-    first = write_phantom(tmp_path / "first", "Phantom^First", centre=(60, 44, 9), radius_mm=24, seed=1)
-    second = write_phantom(
-        tmp_path / "second", "Phantom^Second", centre=(56, 47, 13), radius_mm=26, seed=2, upwards=False
-    )
+    first = write_phantom(tmp_path / "first", "Phantom^First", centre=(60, 44, 9), radius_mm=24, seed=1, upwards=False)
+    second = write_phantom(tmp_path / "second", "Phantom^Second", centre=(56, 47, 13), radius_mm=26, seed=2)
     for patient in (first, second):
         orthanc.upload(patient.files)
     server = start_server(orthanc.url)
@@ -66,10 +64,15 @@ def dice(answer: Response, case: Phantom, tmp_path: Path) -> float:
     return float(2 * (found & case.truth).sum() / (found.sum() + case.truth.sum()))
 
 
-def voxels(orthanc: Orthanc, description: str) -> Counter[float]:
-    """How many voxels a stored segmentation of one structure has at each height in mm."""
+def stored(orthanc: Orthanc, description: str) -> bytes:
+    """The file of a stored segmentation."""
     series = next(found for found in orthanc.series("SEG") if found["SeriesDescription"] == description)
     (file,) = orthanc.instances(series["SeriesInstanceUID"])
+    return file
+
+
+def voxels(file: bytes) -> Counter[float]:
+    """How many voxels a segmentation of one structure has at each height in mm."""
     segmentation = pydicom.dcmread(io.BytesIO(file))
     frames = segmentation.pixel_array.reshape(-1, segmentation.Rows, segmentation.Columns)
     heights = [
@@ -92,7 +95,7 @@ def test_an_exported_label_teaches_the_next_case(clinic: Clinic, tmp_path: Path)
 
     viewer.open_from_list("Phantom, First", "Segmentation")
     viewer.add_segmentation("ball")
-    viewer.show_slice(clinic.first.centre[2])
+    viewer.show_slice(SHAPE[2] - 1 - clinic.first.centre[2])
     viewer.dab("Brush", clinic.first.radius_mm)
     assert viewer.overlays()[0] > 1000
     viewer.open_export_menu()
@@ -118,21 +121,23 @@ def test_a_corrected_draft_is_learned(clinic: Clinic, tmp_path: Path) -> None:
     viewer.next_sample()
     assert clinic.second.study in viewer.address
     draft = requests.post(f"{clinic.server.url}/ofl/drafts", params={"image": clinic.second.series}, timeout=120).json()
-    stored = clinic.orthanc.count("SEG")
+    segmentations = clinic.orthanc.count("SEG")
 
     viewer.open_from_list("Phantom, Second", "Segmentation")
     viewer.load_segmentation(draft["description"][:14])
-    viewer.show_slice(SHAPE[2] - 1 - clinic.second.centre[2])
+    viewer.show_slice(clinic.second.centre[2])
     assert viewer.overlays()[0] > 1000
     viewer.dab("Brush", clinic.second.radius_mm + 6, "Circle")
     viewer.picture("draft")
     viewer.open_export_menu()
     viewer.export("corrected in OHIF")
-    assert clinic.orthanc.count("SEG") == stored + 1
-    drafted, corrected = (voxels(clinic.orthanc, name) for name in (draft["description"], "corrected in OHIF"))
+    assert clinic.orthanc.count("SEG") == segmentations + 1
+    drafted, corrected = (voxels(stored(clinic.orthanc, name)) for name in (draft["description"], "corrected in OHIF"))
     changed = {height for height in drafted | corrected if drafted[height] != corrected[height]}
     assert changed == {clinic.second.height_mm}
     assert corrected[clinic.second.height_mm] > 1.2 * drafted[clinic.second.height_mm] > 100
+    viewer.open_export_menu()
+    assert voxels(viewer.download().read_bytes()) == corrected
     clinic.wait_until_learned(clinic.second)
 
     viewer.open_from_list("Phantom, Second", "MONAI Label")

@@ -18,7 +18,8 @@ function showImagesNotSegmentations(hangingProtocolService) {
 
 // Two commands are called storeSegmentation: CORNERSTONE's, which the menu means and which picks the server, and
 // SEGMENTATION's, which stores on the server it is given. The later one wins, and "Export DICOM SEG" ends in an error.
-// A third one, later still, sends each call to the right one. What is stored or downloaded is generated in file order.
+// A third one, later still, sends each call to the right one. SEGMENTATION's generates what it stores by itself, in the
+// wrong order (see inFileOrder), so that is generated once more on its way to the server.
 function exportSegmentations(commandsManager) {
   const context = 'OFL_SAM2';
   if (!commandsManager.getContext('SEGMENTATION') || commandsManager.getContext(context)) return;
