@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from torch.nn.utils import parameters_to_vector
 
 from ofl_sam2.backbone.weights import state_hash
 from ofl_sam2.errors import Cancelled, InputError, ModelError
@@ -219,21 +218,6 @@ def test_parameters_that_are_no_better_on_held_out_slices_are_not_kept(build, ca
     result = train(segmenter, cases, replace(SHORT, epochs=1))
     assert (result.dice_before, result.dice_after, result.improved) == (0.5, after, improved)
     assert (weights(segmenter) != before) == improved
-
-
-@pytest.mark.parametrize("fitted", [True, False])
-def test_a_learner_that_was_fitted_before_keeps_a_part_of_what_it_was(
-    make_segmenter, make_learner, cases, monkeypatch, fitted
-):
-    ends = {}
-    for share in (1.0, trainer.FITTED_SHARE):
-        monkeypatch.setattr(trainer, "FITTED_SHARE", share)
-        segmenter = make_segmenter(cases, learner=make_learner(fused=fitted), pool_slices=3)
-        before = parameters_to_vector(segmenter.learner.parameters()).detach().clone()
-        train(segmenter, cases, replace(SHORT, epochs=1))
-        ends[share] = parameters_to_vector(segmenter.learner.parameters()).detach() - before
-    share = trainer.FITTED_SHARE if fitted else 1.0
-    torch.testing.assert_close(ends[trainer.FITTED_SHARE], share * ends[1.0], rtol=1e-3, atol=1e-6)
 
 
 def test_handlers_see_every_epoch_also_after_a_resume(build, cases, tmp_path):

@@ -24,7 +24,6 @@ from ofl_sam2.training.bank import EpisodeBank
 from ofl_sam2.training.copies import FreshCopies
 from ofl_sam2.training.episodes import unroll
 from ofl_sam2.training.held_out import HeldOut
-from ofl_sam2.training.interpolation import move_towards
 from ofl_sam2.training.losses import segmentation_loss
 from ofl_sam2.training.processes import rank, synchronise, wait, world_size
 from ofl_sam2.training.synthetic import Dice
@@ -34,7 +33,6 @@ _SLICES_PER_MINUTE = 80
 _MOST_ASIDE = 0.5
 _AVERAGED = 0.98
 _WARM_UP = 20
-FITTED_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def train(
     """Fit learner and fusion of a segmenter that has learned these cases; SAM2 stays as it is.
 
     What is fitted is the running average of the parameters over the last steps, on augmented copies that never repeat.
-    Of a learner that was fitted before, the result is `FITTED_SHARE` of that and the rest of what it was. A part of the labels is held out. If the fitted parameters are not better on it, the old ones come back. Under
+    A part of the labels is held out. If the fitted parameters are not better on it, the old ones come back. Under
     `torch.distributed` the processes share the episodes of each step.
 
     Args:
@@ -148,7 +146,7 @@ def train(
     run.spent = max(run.spent, aside)
     reports = run.run(checkpoint, report, cancel, attach)
     before = copy.deepcopy(segmenter.learner.state_dict())
-    move_towards(segmenter.learner, run.average.module, FITTED_SHARE if segmenter.learner.fitted else 1.0)
+    segmenter.learner.load_state_dict(run.average.module.state_dict())
     dice_after = held_out.dice(segmenter)
     improved = dice_before is None or dice_after is None or dice_after > dice_before
     if not improved:
