@@ -42,7 +42,8 @@ class Settings:
         supports: labelled slices the learner works on for each query slice, N.
         absent_supports: how many of the supports are slices without the structure; half of them gave the best Dice
             and the best agreement of quality estimate and Dice in cross-validation.
-        memory_supports: how many of the supports also condition SAM2's memory attention.
+        memory_supports: how many of the supports, with and without the structure in turn, also condition SAM2's memory
+            attention.
         recent: accepted query slices kept in SAM2's memory, at most 6.
         query_capacity: accepted query slices kept in the learner's working set.
         query_rate: weight at which an accepted query slice enters the working set.

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -125,7 +126,9 @@ class SupportPool:
         return self.cases[key.case].mask(key.row, value)
 
     def retrieve(self, descriptor: Tensor, value: int, count: int, absent: int) -> list[SupportKey]:
-        """The labelled slices most similar to a query, present ones first, each group by falling similarity.
+        """The labelled slices most similar to a query, with and without the structure in turn, the nearest first.
+
+        So the first few of them, which SAM2's memory may be limited to, show both.
 
         Args:
             descriptor: `(d,)` of the query, see `describe`.
@@ -141,7 +144,8 @@ class SupportPool:
         without = [key for key in ranked if value not in self._present(key)]
         absent = min(absent, count - 1) if with_it else max(absent, 1)
         without = without[: min(absent, count)]
-        return with_it[: count - len(without)] + without
+        pairs = zip_longest(with_it[: count - len(without)], without)
+        return [key for pair in pairs for key in pair if key is not None]
 
     def spread(self, value: int, count: int) -> list[SupportKey]:
         """Up to `count` slices, as many of each case as it has to give, three of four with the structure."""

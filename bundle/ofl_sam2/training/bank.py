@@ -14,9 +14,11 @@ from ofl_sam2.training.synthetic import Dice
 
 MAX_CACHED_MEMORIES = 2048
 
+_Slice = tuple[PooledCase, int]
+
 
 class EpisodeBank:
-    """Draws episodes: supports from one volume, neighbouring query slices from another case where there is one.
+    """Draws episodes: neighbouring query slices of one volume, supports from the other cases where there are any.
 
     Args:
         backbone: frozen.
@@ -54,35 +56,35 @@ class EpisodeBank:
 
     def _episode(self, dice: Dice) -> Episode:
         query = self.volumes[dice.integer(0, len(self.volumes) - 1)]
-        sources = self._sources(query)
-        source = sources[dice.integer(0, len(sources) - 1)]
+        sources = self._sources(dice, query)
         rows = self._query_rows(dice, query)
-        values = self._values(dice, query, rows, source)
-        supports = [self._support_rows(dice, query, rows, source, value) for value in values]
-        volume, device = self.volumes[source], self._device
-        stacked = [[own[i] for own in supports] for i in range(self.supports)]
-        memories = [
-            [self._memory(source, row, value) for row, value in zip(column, values, strict=True)] for column in stacked
-        ]
-        features = [query.slice(row).to(device).expand(len(values)) for row in rows]
+        values = self._values(dice, query, rows, sources)
+        ranked = _by_similarity(query, rows[0], sources)
+        supports = [self._supports(dice, query, rows, ranked, value) for value in values]
+        columns = list(zip(*supports, strict=True))
+        features = [query.slice(row).to(self._device).expand(len(values)) for row in rows]
         return Episode(
-            [Memory.cat(column) for column in memories],
-            [torch.cat([volume.slice(row).to(device).stride16 for row in column]) for column in stacked],
-            [self._masks(volume, column, values) for column in stacked],
+            [Memory.cat(list(map(self._memory, column, values))) for column in columns],
+            [torch.cat([volume.slice(row).to(self._device).stride16 for volume, row in column]) for column in columns],
+            [self._masks(column, values) for column in columns],
             features,
-            [self._masks(query, [row] * len(values), values) for row in rows],
+            [self._masks([(query, row)] * len(values), values) for row in rows],
         )
 
     @property
     def _device(self) -> torch.device:
         return self.backbone.sam2.device
 
-    def _sources(self, query: PooledCase) -> list[int]:
-        """Volumes in the same view that share a structure: of other cases, else other copies of this case, else it."""
+    def _sources(self, dice: Dice, query: PooledCase) -> list[PooledCase]:
+        """Volumes in the view that share a structure: one of every other case, else a copy of this one, else itself."""
         shared = query.known & set(self.structures)
-        usable = [i for i, volume in enumerate(self.volumes) if volume.view == query.view and volume.known & shared]
-        other_cases = [i for i in usable if self.volumes[i].name != query.name]
-        return other_cases or [i for i in usable if self.volumes[i] is not query] or usable
+        usable = [volume for volume in self.volumes if volume.view == query.view and volume.known & shared]
+        other_cases = [volume for volume in usable if volume.name != query.name]
+        copies = [volume for volume in usable if volume is not query]
+        by_key: dict[str, list[PooledCase]] = {}
+        for volume in other_cases or copies or usable:
+            by_key.setdefault(volume.key, []).append(volume)
+        return [group[dice.integer(0, len(group) - 1)] for group in by_key.values()]
 
     def _query_rows(self, dice: Dice, query: PooledCase) -> list[int]:
         """Neighbouring slices in either direction, half of them around a structure, half of them anywhere."""
@@ -94,51 +96,63 @@ class EpisodeBank:
         rows = [min(max(first + i, 0), last) for i in range(self.queries)]
         return rows if dice.chance(0.5) else rows[::-1]
 
-    def _values(self, dice: Dice, query: PooledCase, rows: list[int], source: int) -> list[int]:
-        """Structures of the episode: those in the query slices first, all of them known to query and source."""
+    def _values(self, dice: Dice, query: PooledCase, rows: list[int], sources: Sequence[PooledCase]) -> list[int]:
+        """Structures of the episode: those in the query slices first, all of them known to the query and a source."""
         near = frozenset().union(*(query.present[row] for row in rows))
-        shared = self.volumes[source].known & query.known & set(self.structures)
+        known = frozenset().union(*(source.known for source in sources))
+        shared = known & query.known & set(self.structures)
         shuffled = sorted(sorted(shared), key=lambda value: (value not in near, dice.uniform(0, 1)))
         return shuffled[: self.objects]
 
-    def _support_rows(self, dice: Dice, query: PooledCase, rows: list[int], source: int, value: int) -> list[int]:
+    def _supports(
+        self, dice: Dice, query: PooledCase, rows: list[int], ranked: Sequence[_Slice], value: int
+    ) -> list[_Slice]:
         """Random ones of the most similar slices, half of them without the structure where there are such.
 
         Of the query's own case, slices next to the query serve only where the structure is in no other slice.
         """
-        volume = self.volumes[source]
-        similarity = (volume.descriptors @ query.descriptors[rows[0]]).tolist()
-        ranked = sorted(range(len(volume.slices)), key=lambda row: -similarity[row])
-        same = volume.key == query.key
-        apart = [row for row in ranked if not same or all(abs(row - other) > 1 for other in rows)]
-        with_it, anywhere = ([row for row in group if value in volume.present[row]] for group in (apart, ranked))
-        without = [row for row in apart if value not in volume.present[row]]
+        teaching = [(volume, row) for volume, row in ranked if value in volume.known]
+        apart = [
+            (volume, row)
+            for volume, row in teaching
+            if volume.key != query.key or all(abs(row - other) > 1 for other in rows)
+        ]
+        with_it, anywhere = ([s for s in group if value in s[0].present[s[1]]] for group in (apart, teaching))
+        without = [(volume, row) for volume, row in apart if value not in volume.present[row]]
         absent = _sample(dice, without[: self.supports], self.supports // 2)
         wanted = self.supports - len(absent)
         chosen = _sample(dice, (with_it or anywhere)[: 2 * wanted], wanted)
         return (chosen * self.supports)[:wanted] + absent
 
-    def _masks(self, volume: PooledCase, rows: Sequence[int], values: Sequence[int]) -> Tensor:
-        """Masks `(B, size, size)` of pairs of a row and a structure."""
-        return torch.stack([volume.mask(row, value) for row, value in zip(rows, values, strict=True)]).to(self._device)
+    def _masks(self, slices: Sequence[_Slice], values: Sequence[int]) -> Tensor:
+        """Masks `(B, size, size)` of pairs of a slice and a structure."""
+        pairs = zip(slices, values, strict=True)
+        return torch.stack([volume.mask(row, value) for (volume, row), value in pairs]).to(self._device)
 
     @torch.no_grad()
-    def _memory(self, source: int, row: int, value: int) -> Memory:
+    def _memory(self, support: _Slice, value: int) -> Memory:
         """SAM2's memory of a support slice, encoded once; bounded, the oldest goes first."""
-        volume = self.volumes[source]
+        volume, row = support
         key = (id(volume), row, value)
         if key not in self._memories:
             if len(self._memories) >= MAX_CACHED_MEMORIES:
                 del self._memories[next(iter(self._memories))]
-            mask = self._masks(volume, [row], [value])
+            mask = self._masks([support], [value])
             self._memories[key] = self.backbone.remember_mask(volume.slice(row).to(self._device), mask)
         return self._memories[key]
 
 
-def _sample(dice: Dice, rows: list[int], count: int) -> list[int]:
-    """Draw up to `count` rows, in their order."""
-    order = sorted(range(len(rows)), key=lambda _: dice.uniform(0, 1))[:count]
-    return [rows[i] for i in sorted(order)]
+def _by_similarity(query: PooledCase, row: int, sources: Sequence[PooledCase]) -> list[_Slice]:
+    """All slices of the sources, by falling similarity to a slice of the query."""
+    slices = [(source, own) for source in sources for own in range(len(source))]
+    similarity = torch.cat([source.descriptors @ query.descriptors[row] for source in sources])
+    return [slices[i] for i in similarity.argsort(descending=True, stable=True).tolist()]
+
+
+def _sample(dice: Dice, slices: Sequence[_Slice], count: int) -> list[_Slice]:
+    """Draw up to `count` slices, in their order."""
+    order = sorted(range(len(slices)), key=lambda _: dice.uniform(0, 1))[:count]
+    return [slices[i] for i in sorted(order)]
 
 
 def _join(episodes: Sequence[Episode]) -> Episode:
