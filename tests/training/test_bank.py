@@ -70,7 +70,7 @@ def test_supports_come_from_another_case_and_show_the_structure(nano):
 def test_supports_come_from_every_other_case_one_copy_of_each_at_a_time(nano):
     volumes = [pooled(name, ((1,),) * 4, seed=seed) for seed, name in enumerate("aabbc")]
     pairs = set()
-    for episode in draws(EpisodeBank(nano, volumes, (1,))):
+    for episode in draws(EpisodeBank(nano, volumes, (1,), supports=8)):
         query, _ = owner(episode.query_features[0].stride16, volumes)
         sources = {owner(features, volumes)[0] for features in episode.support_features}
         names = [volumes[source].name for source in sorted(sources)]
@@ -82,7 +82,7 @@ def test_supports_come_from_every_other_case_one_copy_of_each_at_a_time(nano):
 
 def test_a_structure_is_shown_by_the_cases_that_have_it(nano):
     volumes = [pooled("a"), pooled("b", ((1,),) * 4, seed=1), pooled("c", ((2,),) * 4, seed=2)]
-    for episode in draws(EpisodeBank(nano, volumes, (1, 2), objects=1)):
+    for episode in draws(EpisodeBank(nano, volumes, (1, 2), supports=8, objects=1)):
         query, _ = owner(episode.query_features[0].stride16, volumes)
         value = int(episode.support_masks[0][0].any(1).nonzero()[0]) // 20 + 1
         sources = {owner(features, volumes)[0] for features in episode.support_features}
