@@ -69,15 +69,15 @@ def test_supports_come_from_another_case_and_show_the_structure(nano):
 
 def test_supports_come_from_every_other_case_one_copy_of_each_at_a_time(nano):
     volumes = [pooled(name, ((1,),) * 4, seed=seed) for seed, name in enumerate("aabbc")]
-    pairs = set()
+    seen = set()
     for episode in draws(EpisodeBank(nano, volumes, (1,), supports=8)):
         query, _ = owner(episode.query_features[0].stride16, volumes)
         sources = {owner(features, volumes)[0] for features in episode.support_features}
         names = [volumes[source].name for source in sorted(sources)]
         assert len(set(names)) == len(names) == 2
         assert volumes[query].name not in names
-        pairs |= sources
-    assert pairs == set(range(5))
+        seen |= sources
+    assert seen == set(range(5))
 
 
 def test_a_structure_is_shown_by_the_cases_that_have_it(nano):
