@@ -42,6 +42,10 @@ class Estimates:
         gaps = [abs((self.predicted - self.dice)[bins == number].sum()) for number in range(BINS)]
         return float(sum(gaps) / len(self.dice))
 
+    def spearman(self) -> float:
+        """Rank correlation of predicted and true."""
+        return float(spearmanr(self.predicted, self.dice).statistic)
+
     def accepted(self) -> dict[str, dict[str, float | None]]:
         """For each gamma: the share of predictions that reach it, and the mean true Dice of those."""
         table = {}
@@ -58,7 +62,7 @@ class Estimates:
             "mean_predicted": round(float(self.predicted.mean()), 4),
             "mean_dice": round(float(self.dice.mean()), 4),
             "calibration_error": round(self.calibration_error(), 4),
-            "spearman": round(float(spearmanr(self.predicted, self.dice).statistic), 4),
+            "spearman": round(self.spearman(), 4),
         }
 
 
@@ -99,17 +103,21 @@ def main(split: str, queries: int | None) -> None:
     for supports, names in folds_of(split):
         segmenter = nano()
         segmenter.learn([labelled(folder, name) for name in supports], HIPPOCAMPUS)
-        listed.append({"learned_from": supports, "segmented": names[:queries]})
         for case in (labelled(folder, name) for name in names[:queries]):
             result = segmenter.segment(case.volume)
             found = (*of_slices(segmenter, case, result), of_volume(case, result))
             for unit, estimates in zip(parts.values(), found, strict=True):
                 unit.append(estimates)
+        own = Estimates.join(parts["volumes"][-len(names[:queries]) :])
+        listed.append({"learned_from": supports, "segmented": names[:queries], "volumes": own.summary()})
         print(f"{', '.join(supports)}: {len(names[:queries])} volumes segmented", flush=True)
     joined = {unit: Estimates.join(estimates) for unit, estimates in parts.items()}
     content = {unit: {**values.summary(), "accepted_by_gamma": values.accepted()} for unit, values in joined.items()}
+    within = round(float(np.mean([fold["volumes"]["spearman"] for fold in listed])), 4)
+    content["volumes"]["spearman_within_folds"] = within
     for unit, values in joined.items():
         show(unit, values)
+    print(f"volumes, mean rank correlation within the {len(listed)} models: {within:.2f}")
     name = f"calibration_{split}" if queries is None else f"calibration_{split}_{queries}_queries"
     scatter(RESULTS / f"{name}.png", joined, split)
     write(name, {"folds": listed, **content})

@@ -132,7 +132,9 @@ class Drawing:
             self.watch.check()
             similarities.append(learned.pool.similarity(describe(batch.stride16).cpu()))
         columns = [self.values.index(value) for value in values]
-        run = Propagation(learned.supports, values, learned.of(values), self.segmenter.settings)
+        run = Propagation(
+            learned.supports, values, learned.of(values), self.segmenter.settings, self.segmenter.active_refinement
+        )
         for result in run.run(lambda index: self.segmenter.encode(stack.images([index])), torch.cat(similarities)):
             if view.axis is None:
                 self.confidence[offset + result.index, columns] = result.confidence.cpu()

@@ -21,10 +21,12 @@ from ofl_sam2.settings import Order, Settings
 
 MAX_CACHED_SUPPORTS = 512
 
+Refine = Callable[[ImageFeatures, Decoded, Sequence[int]], Tensor]
+
 
 @dataclass(frozen=True)
 class SegmentedSlice:
-    """One slice: `logits (K, 4h, 4w)` with absent structures overwritten, `confidence (K,)`, `present (K,)` bool."""
+    """One slice: `logits (K, 4h, 4w)`, refined or absent ones overwritten, `confidence` and `present (K,)`."""
 
     index: int
     logits: Tensor
@@ -163,10 +165,18 @@ class Propagation:
         values: label values of the K structures.
         start: mapping networks solved on the pool, see `solve_on_pool`.
         settings: the switches.
+        refine: what corrects the masks of a slice, such as a `Refinement`; SAM2's memory and the learner do not see it.
     """
 
-    def __init__(self, encoder: SupportEncoder, values: Sequence[int], start: PoolSolution, settings: Settings) -> None:
-        self.encoder, self.values, self.settings = encoder, values, settings
+    def __init__(
+        self,
+        encoder: SupportEncoder,
+        values: Sequence[int],
+        start: PoolSolution,
+        settings: Settings,
+        refine: Refine | None = None,
+    ) -> None:
+        self.encoder, self.values, self.settings, self.refine = encoder, values, settings, refine
         self.backbone, self.learner = encoder.backbone, encoder.learner
         self.tau, self.metric = start
         self.working_set: WorkingSet | None = None
@@ -202,7 +212,8 @@ class Propagation:
         decoded = self.backbone.decode(embedding, shared)
         trust = confidence(decoded)
         self._remember(shared, decoded, trust >= self.settings.gamma)
-        return SegmentedSlice(index, decoded.masks(), trust, decoded.presence > 0)
+        masks = self.refine(features, decoded, self.values) if self.refine else decoded.masks()
+        return SegmentedSlice(index, masks, trust, decoded.presence > 0)
 
     def _retrieve(self, features: ImageFeatures) -> list[list[_Support]]:
         """Supports per structure, all lists of one length: short ones repeat their supports."""

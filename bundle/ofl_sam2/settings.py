@@ -51,6 +51,7 @@ class Settings:
         learn_steps: steepest-descent steps on the pool at `learn`.
         first_steps, update_steps: steps on the first query slice of a volume and on each one after it.
         pool_slices: labelled slices per structure that `learn` solves on.
+        refinement: correct masks with what `train` fitted for that, if it did.
         overlap: allow structures to overlap in the result.
         side_views: look at volumes of nearly isotropic voxels along all three axes, and average.
         close_ups: look again, magnified, at small structures.
@@ -81,6 +82,7 @@ class Settings:
     first_steps: int = 5
     update_steps: int = 3
     pool_slices: int = 32
+    refinement: bool = True
     overlap: bool = False
     side_views: bool = True
     close_ups: bool = True

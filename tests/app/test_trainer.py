@@ -17,6 +17,7 @@ from lib.workspace import Workspace
 from monailabel.utils.async_tasks import utils as background
 
 from ofl_sam2.errors import InputError
+from ofl_sam2.learner.refinement import Refinement
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.training.trainer import EpochReport, TrainingResult
 
@@ -34,6 +35,7 @@ def outcome_of(before: float | None, after: float | None, improved: bool) -> Cal
         if improved:
             with torch.no_grad():
                 segmenter.learner.lam.add_(0.5)
+            segmenter.refinement = Refinement(segmenter.backbone.width, tuple(segmenter.structures))
         return TrainingResult(reports, before, after, improved)
 
     return train
@@ -72,6 +74,7 @@ def test_better_result_is_published_on_top_of_newer_labels(
     assert "Published as snapshot 3: Dice on held-out slices was 0.5 before and 0.75" in stats["message"]
     assert list(segmenter.pool.cases) == ["synthetic_000", "synthetic_001", "synthetic_002"]
     assert segmenter.learner.lam.item() == pytest.approx(workspace.open_base().learner.lam.item() + 0.5)
+    assert segmenter.refinement is not None and segmenter.refinement.values == (1, 2)
     assert snapshot.notes["trained_on"] == dict.fromkeys(LABELLED, "0" * 64)
     assert set(snapshot.notes["learned"]) == set(segmenter.pool.cases) and snapshot.notes["flagged"]
 

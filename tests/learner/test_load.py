@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save, save_file
 from ofl_sam2.errors import WeightsError
 from ofl_sam2.learner import load
 from ofl_sam2.learner.few_shot import FewShotLearner
-from ofl_sam2.learner.load import learner_bytes, read_learner, shipped_learner
+from ofl_sam2.learner.load import learner_bytes, read_learner, read_refinement, refinement_bytes, shipped_learner
+from ofl_sam2.learner.refinement import Refinement
 
 SHAPE = {"channels": "128", "inputs": "32", "encoding": "32", "kind": "mask"}
 
@@ -108,3 +109,43 @@ def test_values_are_kept_in_full_precision(make_learner, tmp_path):
     path = tmp_path / "learner.safetensors"
     path.write_bytes(learner_bytes(make_learner()))
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("values", [(1,), (3, 300)])
+def test_a_refinement_comes_back_with_its_structures_and_values(tmp_path, values):
+    refinement, path = Refinement(64, values, width=8), tmp_path / "refinement.safetensors"
+    path.write_bytes(refinement_bytes(refinement))
+    loaded = read_refinement(path)
+    assert (loaded.channels, loaded.values, loaded.width) == (64, values, 8)
+    for name, value in refinement.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        {"channels": "0"},
+        {"channels": "12"},
+        {"channels": "wide"},
+        {"width": "100000"},
+        {"width": "null"},
+        {"values": "[]"},
+        {"values": "[1, 1]"},
+        {"values": "7"},
+        {"values": '["x"]'},
+    ],
+)
+def test_a_header_that_describes_no_refinement_is_refused(tmp_path, header):
+    path = tmp_path / "refinement.safetensors"
+    shape = {"channels": "64", "width": "8", "values": "[1, 2]"}
+    path.write_bytes(save(Refinement(64, (1, 2), 8).state_dict(), None if header is None else {**shape, **header}))
+    with pytest.raises(WeightsError, match=r"no refinement \(header: .*Train again"):
+        read_refinement(path)
+
+
+def test_a_refinement_of_other_structures_than_its_header_says_is_refused(tmp_path):
+    path = tmp_path / "refinement.safetensors"
+    path.write_bytes(save(Refinement(64, (1, 2), 8).state_dict(), {"channels": "64", "width": "8", "values": "[1]"}))
+    with pytest.raises(WeightsError):
+        read_refinement(path)

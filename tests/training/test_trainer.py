@@ -13,7 +13,7 @@ from ofl_sam2.backbone.weights import state_hash
 from ofl_sam2.errors import Cancelled, InputError, ModelError
 from ofl_sam2.memory.pool import MAIN
 from ofl_sam2.progress import CancelToken
-from ofl_sam2.training import trainer
+from ofl_sam2.training import refining, trainer
 from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.trainer import TrainingSettings, train
 
@@ -236,3 +236,36 @@ def test_more_processes_than_episodes_are_refused(build, cases, monkeypatch):
     monkeypatch.setattr(trainer, "world_size", lambda: 2)
     with pytest.raises(InputError, match="2 processes cannot share 1 episodes"):
         train(build(), cases, SHORT)
+
+
+@pytest.mark.parametrize(
+    ("scores", "refined", "improved"),
+    [
+        ([0.5, 0.6, 0.7, 0.65], True, True),
+        ([0.5, 0.6, 0.55, 0.65], True, True),
+        ([0.5, 0.6, 0.55, 0.55], False, True),
+        ([0.5, 0.4, 0.4, 0.4], False, False),
+    ],
+)
+def test_with_four_cases_a_refinement_is_fitted_and_kept_if_it_is_better(
+    make_segmenter, make_learner, make_case, monkeypatch, scores, refined, improved
+):
+    cases = [make_case(name, seed=seed) for seed, name in enumerate("abcd")]
+    segmenter = make_segmenter(tuple(cases), learner=make_learner(fused=False), pool_slices=3)
+    before, values = weights(segmenter), iter(scores)
+    monkeypatch.setattr(HeldOut, "dice", lambda *_: next(values))
+    monkeypatch.setattr(refining, "STEPS", 2)
+    shares = []
+    result = train(segmenter, cases, SHORT, report=lambda entry: shares.append(entry.share))
+    assert (segmenter.refinement is not None, result.improved) == (refined, improved)
+    assert (result.dice_before, result.dice_after) == (scores[0], max(scores[1:]))
+    assert (weights(segmenter) == before) == (scores[2] == max(scores) or not improved)
+    assert shares == sorted(shares)
+    assert 0.2 < shares[-1] <= 1
+
+
+def test_with_fewer_cases_no_refinement_is_fitted(build, cases, monkeypatch):
+    monkeypatch.setattr(trainer, "fit_refinement", lambda *_: pytest.fail("a refinement was fitted"))
+    segmenter = build()
+    train(segmenter, cases, SHORT)
+    assert segmenter.refinement is None

@@ -90,7 +90,7 @@ def _middle(case: PooledCase, rows: Sequence[int]) -> tuple[int, ...]:
 
 def _dice(segmenter: VolumeSegmenter, case: PooledCase, pool: SupportPool, values: tuple[int, ...]) -> list[float]:
     learned = LearnedView(pool, values, segmenter.backbone, segmenter.learner, segmenter.settings)
-    run = Propagation(learned.supports, values, learned.solution, segmenter.settings)
+    run = Propagation(learned.supports, values, learned.solution, segmenter.settings, segmenter.active_refinement)
     overlap, total = torch.zeros(len(values)), torch.zeros(len(values))
     for result in run.run(lambda row: case.slice(row).to(segmenter.device), pool.similarity(case.descriptors)):
         predicted = (result.logits > 0).flatten(1).cpu()

@@ -1,11 +1,15 @@
-"""Fit learner and fusion to labelled volumes: an Ignite engine over few-shot episodes on cached frozen features."""
+"""Fit learner and fusion to labelled volumes: an Ignite engine over few-shot episodes on cached frozen features.
+
+Of four or more volumes a refinement of the masks is fitted afterwards, see `training.refining`.
+"""
 
 import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +21,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.errors import InputError, ModelError
+from ofl_sam2.learner.refinement import Refinement
 from ofl_sam2.memory.pool import PooledCase
 from ofl_sam2.progress import CancelToken, Progress, Watch
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.training.bank import EpisodeBank
 from ofl_sam2.training.copies import FreshCopies
 from ofl_sam2.training.episodes import unroll
-from ofl_sam2.training.held_out import HeldOut
+from ofl_sam2.training.held_out import ENOUGH_CASES, HeldOut
 from ofl_sam2.training.losses import segmentation_loss
 from ofl_sam2.training.processes import rank, synchronise, wait, world_size
+from ofl_sam2.training.refining import fit_refinement
 from ofl_sam2.training.synthetic import Dice
 
 _ENDLESS = 10**6
 _SLICES_PER_MINUTE = 80
 _MOST_ASIDE = 0.5
+_REFINING, _REFINING_UNFITTED = 0.8, 0.4
 _AVERAGED = 0.98
 _WARM_UP = 20
 
@@ -83,9 +90,9 @@ class TrainingResult:
 
     Attributes:
         reports: of all epochs, those before a resume included.
-        dice_before, dice_after: on held-out labelled slices, in [0, 1]; None where there are too few labels to hold
-            any out.
-        improved: whether the fitted parameters were kept; without held-out slices they are.
+        dice_before, dice_after: on held-out labelled slices, in [0, 1], of the old state and of the best that was
+            fitted; None where there are too few labels to hold any out.
+        improved: whether something fitted was kept; without held-out slices it is.
     """
 
     reports: list[EpochReport]
@@ -107,7 +114,9 @@ def train(
     """Fit learner and fusion of a segmenter that has learned these cases; SAM2 stays as it is.
 
     What is fitted is the running average of the parameters over the last steps, on augmented copies that never repeat.
-    A part of the labels is held out. If the fitted parameters are not better on it, the old ones come back. Under
+    With four or more cases most of the time is for a refinement of the masks, fitted to what the old parameters draw
+    (the new ones have seen the labels), unless the learner was never fitted before. A part of the labels is held out,
+    and what is best on it is kept: the old state, the fitted parameters, the refinement, or both. Under
     `torch.distributed` the processes share the episodes of each step.
 
     Args:
@@ -136,33 +145,79 @@ def train(
     held_out = HeldOut.choose([c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names])
     room = min(settings.max_slices, round(_SLICES_PER_MINUTE * settings.minutes))
     copies = FreshCopies(segmenter, cases, names, held_out, settings.copies, room, settings.seed)
-    run = _Training(segmenter, copies, settings)
+    had_learner = segmenter.learner.fitted
+    share = (_REFINING if had_learner else _REFINING_UNFITTED) if len(set(names)) >= ENOUGH_CASES else 0.0
+    refining = share * 60 * settings.minutes
+    run = _Training(segmenter, copies, settings, 60 * settings.minutes - refining)
     if checkpoint is not None and checkpoint.is_file():
         run.resume(checkpoint)
     copies.start(run.steps, Watch(encoded, cancel))
     encoding, started = time.perf_counter() - started, time.perf_counter()
-    dice_before = held_out.dice(segmenter)
-    aside = min(encoding + 2 * (time.perf_counter() - started), _MOST_ASIDE * 60 * settings.minutes)
+    trial = _Trial(segmenter, held_out)
+    aside = min(encoding + 2 * (time.perf_counter() - started), _MOST_ASIDE * run.budget)
     run.spent = max(run.spent, aside)
     reports = run.run(checkpoint, report, cancel, attach)
-    before = copy.deepcopy(segmenter.learner.state_dict())
-    segmenter.learner.load_state_dict(run.average.module.state_dict())
-    dice_after = held_out.dice(segmenter)
-    improved = dice_before is None or dice_after is None or dice_after > dice_before
-    if not improved:
-        segmenter.learner.load_state_dict(before)
+    old, fitted = copy.deepcopy(segmenter.learner.state_dict()), run.average.module.state_dict()
+    trial.offer(fitted, None)
+    if refining:
+
+        def refined(done: float) -> None:
+            if report and reports:
+                report(replace(reports[-1], share=1 - (1 - done) * share, seconds=run.spent + done * refining))
+
+        with trial.aside(old if had_learner else fitted):
+            refinement = fit_refinement(segmenter, held_out, refining, settings.seed, refined, cancel)
+        for state in (old, fitted) if refinement else ():
+            trial.offer(state, refinement)
     segmenter.solve()
     wait()
     if checkpoint is not None and rank() == 0:
         checkpoint.unlink(missing_ok=True)
-    return TrainingResult(reports, dice_before, dice_after, improved)
+    return TrainingResult(reports, trial.before, trial.after, trial.improved)
+
+
+class _Trial:
+    """Keeps in a segmenter what is best on held-out slices."""
+
+    def __init__(self, segmenter: VolumeSegmenter, held_out: HeldOut) -> None:
+        self.segmenter, self.held_out = segmenter, held_out
+        self.before = self.best = held_out.dice(segmenter)
+        self.after: float | None = None
+        self.improved = False
+
+    @contextmanager
+    def aside(self, state: dict[str, Any]) -> Iterator[None]:
+        """Work with other parameters for a while."""
+        learner = self.segmenter.learner
+        kept = copy.deepcopy(learner.state_dict())
+        learner.load_state_dict(state)
+        try:
+            yield
+        finally:
+            learner.load_state_dict(kept)
+
+    def offer(self, state: dict[str, Any], refinement: Refinement | None) -> None:
+        """Take the parameters of a learner and a refinement if they are better than those before, or none can tell."""
+        learner = self.segmenter.learner
+        old, old_refinement = copy.deepcopy(learner.state_dict()), self.segmenter.refinement
+        learner.load_state_dict(state)
+        self.segmenter.refinement = refinement
+        dice = self.held_out.dice(self.segmenter)
+        if dice is None or self.best is None or dice > self.best:
+            self.best, self.improved = dice, True
+        else:
+            learner.load_state_dict(old)
+            self.segmenter.refinement = old_refinement
+        self.after = dice if self.after is None or dice is None else max(dice, self.after)
 
 
 class _Training:
-    """The engine, its optimizer and what a checkpoint needs."""
+    """The engine, its optimizer and what a checkpoint needs; `budget` in seconds."""
 
-    def __init__(self, segmenter: VolumeSegmenter, copies: FreshCopies, settings: TrainingSettings) -> None:
-        self.copies, self.settings = copies, settings
+    def __init__(
+        self, segmenter: VolumeSegmenter, copies: FreshCopies, settings: TrainingSettings, budget: float
+    ) -> None:
+        self.copies, self.settings, self.budget = copies, settings, budget
         self.backbone = segmenter.backbone
         self.learner = copy.deepcopy(segmenter.learner)
         self.average = AveragedModel(self.learner, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGED))
@@ -204,7 +259,8 @@ class _Training:
             if not losses:
                 return
             self.epochs += 1
-            entry = EpochReport(self.epochs, sum(losses) / len(losses), min(1.0, self._share()), self.spent)
+            share = min(1.0, self._share()) * self.budget / (60 * self.settings.minutes)
+            entry = EpochReport(self.epochs, sum(losses) / len(losses), share, self.spent)
             losses.clear()
             self.reports.append(entry)
             if checkpoint is not None and rank() == 0:
@@ -221,7 +277,7 @@ class _Training:
         return self.reports
 
     def _by_time(self) -> float:
-        return self.spent / (60 * self.settings.minutes)
+        return self.spent / self.budget
 
     def _by_epochs(self) -> float:
         return self.epochs / self.settings.epochs if self.settings.epochs else 0.0
