@@ -73,6 +73,8 @@ def fit_refinement(
     Returns:
         None if there was nothing to learn from, or it was cancelled.
     """
+    if cancel and cancel.cancelled:
+        return None
     started = time.perf_counter()
 
     def share() -> float:
@@ -81,7 +83,8 @@ def fit_refinement(
             report(done)
         return done
 
-    examples = _examples(segmenter, held_out, lambda: share() > _COLLECTING or bool(cancel and cancel.cancelled))
+    dice = Dice(torch.Generator().manual_seed(seed))
+    examples = _examples(segmenter, held_out, dice, lambda: share() > _COLLECTING or bool(cancel and cancel.cancelled))
     filled = [example for example in examples if example.present]
     if not filled or (cancel and cancel.cancelled):
         return None
@@ -91,7 +94,7 @@ def fit_refinement(
     average = AveragedModel(refinement, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGED))
     optimizer = torch.optim.AdamW(refinement.parameters(), lr=_RATE, weight_decay=_DECAY)
     empty = [example for example in examples if not example.present]
-    dice, begun = Dice(torch.Generator().manual_seed(seed)), share()
+    begun = share()
     for step in range(STEPS):
         done = max(step / STEPS, (share() - begun) / (1 - begun) if begun < 1 else 1.0)
         if (step and done >= 1) or (cancel and cancel.cancelled):
@@ -109,13 +112,13 @@ def fit_refinement(
 
 
 @torch.no_grad()
-def _examples(segmenter: VolumeSegmenter, held_out: HeldOut, stop: Callable[[], bool]) -> list[Example]:
-    """Evenly spread labelled slices of all views, each segmented from the labels of the other cases."""
+def _examples(segmenter: VolumeSegmenter, held_out: HeldOut, dice: Dice, stop: Callable[[], bool]) -> list[Example]:
+    """Evenly spread labelled slices of all cases and views, each segmented from the labels of the other cases."""
     settings = replace(segmenter.settings, pool_slices=min(_POOL_SLICES, segmenter.settings.pool_slices))
     cases = [rest for pool in segmenter.pools.values() for c in pool.cases.values() if (rest := held_out.without(c))]
     kept = min(1.0, MAX_SLICES / max(1, sum(map(len, cases))))
     examples: list[Example] = []
-    for case in sorted(cases, key=lambda c: (c.name, str(c.view), c.key)):
+    for case in sorted(cases, key=lambda _: dice.uniform(0, 1)):
         if examples and stop():
             break
         pool = segmenter.pools[case.view].without({case.name})

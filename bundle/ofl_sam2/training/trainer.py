@@ -143,19 +143,19 @@ def train(
     started = time.perf_counter()
     names = [case.volume.name for case in cases]
     held_out = HeldOut.choose([c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names])
-    room = min(settings.max_slices, round(_SLICES_PER_MINUTE * settings.minutes))
-    copies = FreshCopies(segmenter, cases, names, held_out, settings.copies, room, settings.seed)
     had_learner = segmenter.learner.fitted
     share = (_REFINING if had_learner else _REFINING_UNFITTED) if len(set(names)) >= ENOUGH_CASES else 0.0
     refining = share * 60 * settings.minutes
+    room = min(settings.max_slices, round(_SLICES_PER_MINUTE * settings.minutes * (1 - share)))
+    copies = FreshCopies(segmenter, cases, names, held_out, settings.copies, room, settings.seed)
     run = _Training(segmenter, copies, settings, 60 * settings.minutes - refining)
     if checkpoint is not None and checkpoint.is_file():
         run.resume(checkpoint)
     copies.start(run.steps, Watch(encoded, cancel))
     encoding, started = time.perf_counter() - started, time.perf_counter()
     trial = _Trial(segmenter, held_out)
-    aside = min(encoding + 2 * (time.perf_counter() - started), _MOST_ASIDE * run.budget)
-    run.spent = max(run.spent, aside)
+    scoring = 2 * (time.perf_counter() - started)
+    run.spent = max(run.spent, min(encoding + scoring, _MOST_ASIDE * run.budget))
     reports = run.run(checkpoint, report, cancel, attach)
     old, fitted = copy.deepcopy(segmenter.learner.state_dict()), run.average.module.state_dict()
     trial.offer(fitted, None)
@@ -166,7 +166,8 @@ def train(
                 report(replace(reports[-1], share=1 - (1 - done) * share, seconds=run.spent + done * refining))
 
         with trial.aside(old if had_learner else fitted):
-            refinement = fit_refinement(segmenter, held_out, refining, settings.seed, refined, cancel)
+            left = max(refining - scoring, _MOST_ASIDE * refining)
+            refinement = fit_refinement(segmenter, held_out, left, settings.seed, refined, cancel)
         for state in (old, fitted) if refinement else ():
             trial.offer(state, refinement)
     segmenter.solve()
