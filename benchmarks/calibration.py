@@ -42,10 +42,6 @@ class Estimates:
         gaps = [abs((self.predicted - self.dice)[bins == number].sum()) for number in range(BINS)]
         return float(sum(gaps) / len(self.dice))
 
-    def spearman(self) -> float:
-        """Rank correlation of predicted and true."""
-        return float(spearmanr(self.predicted, self.dice).statistic)
-
     def accepted(self) -> dict[str, dict[str, float | None]]:
         """For each gamma: the share of predictions that reach it, and the mean true Dice of those."""
         table = {}
@@ -62,7 +58,7 @@ class Estimates:
             "mean_predicted": round(float(self.predicted.mean()), 4),
             "mean_dice": round(float(self.dice.mean()), 4),
             "calibration_error": round(self.calibration_error(), 4),
-            "spearman": round(self.spearman(), 4),
+            "spearman": round(float(spearmanr(self.predicted, self.dice).statistic), 4),
         }
 
 

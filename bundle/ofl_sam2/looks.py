@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.intensity import Intensity, intensity_for
-from ofl_sam2.memory.pool import View
+from ofl_sam2.memory.pool import View, evenly
 from ofl_sam2.settings import Settings
 from ofl_sam2.volume import SliceStack, Volume, choose_axis, is_anisotropic, is_nearly_isotropic
 from ofl_sam2.window import Window, close_ups
@@ -118,5 +118,5 @@ def _telling(stack: SliceStack, labels: NDArray[Any]) -> tuple[int, ...]:
     filled = [bool(stack.slice_of(labels, index).any()) for index in range(len(stack))]
     empty: Sequence[int] = np.flatnonzero(np.logical_not(filled)).tolist()
     count = min(len(empty), max(4, sum(filled)))
-    chosen = {empty[(2 * i + 1) * len(empty) // (2 * count)] for i in range(count)}
+    chosen = set(evenly(empty, count))
     return tuple(index for index, has in enumerate(filled) if has or index in chosen)

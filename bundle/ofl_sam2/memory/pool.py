@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch.nn import functional
 from ofl_sam2.backbone.frozen import ImageFeatures
 
 DESCRIPTOR_SIDE = 8
+
+T = TypeVar("T")
 
 
 def describe(stride16: Tensor) -> Tensor:
@@ -186,11 +189,12 @@ def _spread(cases: Sequence[list[SupportKey]], count: int) -> list[SupportKey]:
     """Share `count` equally between the cases; what small ones cannot give, larger ones do."""
     chosen: list[SupportKey] = []
     for waiting, keys in zip(range(len(cases), 0, -1), sorted(cases, key=len), strict=True):
-        chosen += _evenly(keys, (count - len(chosen)) // waiting)
+        chosen += evenly(keys, (count - len(chosen)) // waiting)
     return chosen
 
 
-def _evenly(items: list[SupportKey], count: int) -> list[SupportKey]:
+def evenly(items: Sequence[T], count: int) -> Sequence[T]:
+    """Up to `count` of the items, evenly spread."""
     if len(items) <= count:
         return items
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]

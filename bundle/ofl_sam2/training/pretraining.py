@@ -25,10 +25,11 @@ from ofl_sam2.progress import CancelToken
 from ofl_sam2.training.episodes import Episode, unroll
 from ofl_sam2.training.losses import segmentation_loss, shrink_masks
 from ofl_sam2.training.processes import rank, synchronise
+from ofl_sam2.training.schedule import learning_rate
 from ofl_sam2.training.synthetic import Dice
 from ofl_sam2.training.synthetic_episodes import Episodes, SyntheticEpisodes
 
-_WARM_UP = 30
+_WARM_UP, _LEAST_RATE = 30, 0.1
 _EMA = 0.998
 _CHECKPOINT_SECONDS = 120
 _TEACHER_FORCING = 0.3
@@ -225,7 +226,7 @@ def _run_stage(state: PretrainingState, stage: Stage, window: tuple[float, float
     while state.spent < window[1] and not plan.cancel.cancelled:
         done = (state.spent - window[0]) / (window[1] - window[0])
         for group in optimizer.param_groups:
-            group["lr"] = _rate(stage, state.step - first, done)
+            group["lr"] = learning_rate(stage.rate, state.step - first, done, _WARM_UP, _LEAST_RATE)
         memory = stage.train_backbone and coin.chance(stage.memory_share)
         outputs = _objective(state, stage, next(batches).to(plan.device), memory)
         pairs = [pair for branch in outputs for pair in branch]
@@ -243,12 +244,6 @@ def _run_stage(state: PretrainingState, stage: Stage, window: tuple[float, float
         if state.spent - saved > _CHECKPOINT_SECONDS:
             state.save(plan.checkpoint)
             saved = state.spent
-
-
-def _rate(stage: Stage, steps: int, done: float) -> float:
-    """Learning rate after a linear warm-up and a cosine decay to a tenth, `done` in [0, 1]."""
-    warm = min(1.0, (steps + 1) / _WARM_UP)
-    return stage.rate * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def _batches(stage: Stage, seed: int, workers: int) -> Iterator[Episodes]:

@@ -1,6 +1,5 @@
 """Fit the refinement to what leave-one-out segmentation of the labelled slices gets wrong (corrective learning)."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,12 +11,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ofl_sam2.backbone.frozen import Decoded, ImageFeatures
 from ofl_sam2.learner.refinement import Refinement
-from ofl_sam2.memory.pool import PooledCase
+from ofl_sam2.memory.pool import PooledCase, evenly
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.propagation import LearnedView, Propagation
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.training.held_out import HeldOut, part
 from ofl_sam2.training.losses import shrink_masks
+from ofl_sam2.training.schedule import learning_rate
 from ofl_sam2.training.synthetic import Dice
 
 MAX_SLICES = 800
@@ -99,9 +99,8 @@ def fit_refinement(
         done = max(step / STEPS, (share() - begun) / (1 - begun) if begun < 1 else 1.0)
         if (step and done >= 1) or (cancel and cancel.cancelled):
             break
-        rate = _RATE * min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(_RATE, step, min(1.0, done), _WARM_UP)
         batch = _draw(dice, filled, _BATCH - min(_EMPTY, len(empty))) + _draw(dice, empty, min(_EMPTY, len(empty)))
         optimizer.zero_grad()
         _loss(refinement, batch, dice).backward()
@@ -124,8 +123,7 @@ def _examples(segmenter: VolumeSegmenter, held_out: HeldOut, dice: Dice, stop: C
         pool = segmenter.pools[case.view].without({case.name})
         taught = set(pool.values()) & case.known
         values = tuple(value for value in segmenter.structures if value in taught)
-        count = max(1, round(kept * len(case)))
-        rows = [(2 * i + 1) * len(case) // (2 * count) for i in range(count)]
+        rows = evenly(range(len(case)), max(1, round(kept * len(case))))
         if values:
             learned = LearnedView(pool, values, segmenter.backbone, segmenter.learner, settings)
             examples += _segmented(part(case, rows), learned, segmenter)

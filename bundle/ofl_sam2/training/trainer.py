@@ -5,10 +5,8 @@ Of four or more volumes a refinement of the masks is fitted afterwards, see `tra
 
 import copy
 import hashlib
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from ofl_sam2.training.held_out import ENOUGH_CASES, HeldOut
 from ofl_sam2.training.losses import segmentation_loss
 from ofl_sam2.training.processes import rank, synchronise, wait, world_size
 from ofl_sam2.training.refining import fit_refinement
+from ofl_sam2.training.schedule import learning_rate
 from ofl_sam2.training.synthetic import Dice
 
 _ENDLESS = 10**6
@@ -39,7 +38,7 @@ _SLICES_PER_MINUTE = 80
 _MOST_ASIDE = 0.5
 _REFINING, _REFINING_UNFITTED = 0.8, 0.4
 _AVERAGED = 0.98
-_WARM_UP = 20
+_WARM_UP, _LEAST_RATE = 20, 0.05
 
 
 @dataclass(frozen=True)
@@ -158,18 +157,20 @@ def train(
     run.spent = max(run.spent, min(encoding + scoring, _MOST_ASIDE * run.budget))
     reports = run.run(checkpoint, report, cancel, attach)
     old, fitted = copy.deepcopy(segmenter.learner.state_dict()), run.average.module.state_dict()
-    trial.offer(fitted, None)
+    offers: list[tuple[dict[str, Any], Refinement | None]] = [(fitted, None)]
     if refining:
 
         def refined(done: float) -> None:
             if report and reports:
                 report(replace(reports[-1], share=1 - (1 - done) * share, seconds=run.spent + done * refining))
 
-        with trial.aside(old if had_learner else fitted):
-            left = max(refining - scoring, _MOST_ASIDE * refining)
-            refinement = fit_refinement(segmenter, held_out, left, settings.seed, refined, cancel)
-        for state in (old, fitted) if refinement else ():
-            trial.offer(state, refinement)
+        segmenter.learner.load_state_dict(old if had_learner else fitted)
+        left = max(refining - scoring, _MOST_ASIDE * refining)
+        refinement = fit_refinement(segmenter, held_out, left, settings.seed, refined, cancel)
+        segmenter.learner.load_state_dict(old)
+        offers += [(old, refinement), (fitted, refinement)] if refinement else []
+    for offer in offers:
+        trial.offer(*offer)
     segmenter.solve()
     wait()
     if checkpoint is not None and rank() == 0:
@@ -185,17 +186,6 @@ class _Trial:
         self.before = self.best = held_out.dice(segmenter)
         self.after: float | None = None
         self.improved = False
-
-    @contextmanager
-    def aside(self, state: dict[str, Any]) -> Iterator[None]:
-        """Work with other parameters for a while."""
-        learner = self.segmenter.learner
-        kept = copy.deepcopy(learner.state_dict())
-        learner.load_state_dict(state)
-        try:
-            yield
-        finally:
-            learner.load_state_dict(kept)
 
     def offer(self, state: dict[str, Any], refinement: Refinement | None) -> None:
         """Take the parameters of a learner and a refinement if they are better than those before, or none can tell."""
@@ -289,8 +279,7 @@ class _Training:
     def _step(self, engine: Engine, _: Any) -> float:
         started = time.perf_counter()
         done = self._by_epochs() if self.settings.epochs else min(1.0, self._by_time())
-        warm = min(1.0, (self.steps + 1) / _WARM_UP)
-        rate = self.settings.rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+        rate = learning_rate(self.settings.rate, self.steps, done, _WARM_UP, _LEAST_RATE)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self.copies.step()
