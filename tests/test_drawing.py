@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from ofl_sam2.canvas import Canvas
-from ofl_sam2.drawing import Drawing
+from ofl_sam2.drawing import Drawing, scored
 from ofl_sam2.progress import Watch
+from ofl_sam2.settings import Settings
 from ofl_sam2.volume import Volume
 
 
@@ -64,3 +65,39 @@ def test_what_is_likelier_than_the_threshold_is_drawn(make_drawing):
         drawing._paint(canvas, itemgetter(()), (1, 2), probabilities, probabilities)
         assert np.array_equal(canvas.labels == 1, probabilities[0].numpy() > threshold)
         assert not (canvas.labels == 2).any()
+
+
+def test_scores_are_positive_from_the_threshold_on_and_where_the_unet_is_surer():
+    half = Settings(threshold=0.3, unet=0.5)
+    assert (scored(torch.tensor([0.29, 0.31]), half) > 0).tolist() == [False, True]
+    learner, unet = torch.tensor([0.3, 0.3, 0.05, 0.9]), torch.tensor([0.4, 0.6, 0.99, 0.01])
+    assert (scored(learner, half, unet) > 0).tolist() == [False, True, True, False]
+
+
+def test_of_structures_the_unet_does_not_know_the_learner_decides():
+    probabilities = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
+    second = torch.stack([torch.full((50,), torch.nan), torch.ones(50)])
+    both = scored(probabilities, Settings(), second)
+    alone = scored(probabilities, Settings())
+    assert torch.equal(both[0], alone[0])
+    assert (both[1] > alone[1]).all()
+
+
+def test_volumes_that_are_not_averaged_go_without_the_unet(make_drawing, monkeypatch):
+    volume = Volume(np.random.default_rng(0).normal(0, 1, (9, 9, 5)), np.eye(4), "a")
+    drawing, asked = make_drawing(volume), []
+
+    class Asked:
+        def probabilities(self, *_):
+            asked.append(1)
+            return torch.zeros(2, 9, 9, 5)
+
+    drawing.segmenter.unet = Asked()
+    monkeypatch.setattr("ofl_sam2.drawing.MAX_AVERAGED", 2 * 9 * 9 * 5 - 1)
+    with torch.no_grad():
+        drawing.run()
+    assert not asked
+    monkeypatch.setattr("ofl_sam2.drawing.MAX_AVERAGED", 2 * 9 * 9 * 5)
+    with torch.no_grad():
+        drawing.run()
+    assert asked

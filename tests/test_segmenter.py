@@ -13,7 +13,8 @@ from hypothesis.extra.numpy import arrays
 
 from ofl_sam2.canvas import merge
 from ofl_sam2.errors import Cancelled, InputError
-from ofl_sam2.learner.refinement import Refinement
+from ofl_sam2.learner.plan import Plan
+from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.memory.cache import FeatureCache
 from ofl_sam2.memory.pool import MAIN
 from ofl_sam2.progress import CancelToken
@@ -299,16 +300,17 @@ def test_other_settings_share_what_was_learned(segmenter):
     assert not torch.equal(other.view(MAIN).solution.tau, segmenter.view(MAIN).solution.tau)
 
 
-def test_a_refinement_changes_what_is_drawn_unless_it_is_switched_off(make_segmenter, query):
+def test_a_unet_changes_what_is_drawn_unless_it_is_switched_off(make_segmenter, query):
     segmenter = make_segmenter()
     plain = segmenter.segment(query)
-    segmenter.refinement = Refinement(128, (1,))
-    torch.nn.init.constant_(segmenter.refinement.which.weight, 1.0)
-    torch.nn.init.constant_(segmenter.refinement.change.weight, 9.0)
-    refined, off = segmenter.segment(query), with_settings(segmenter, refinement=False).segment(query)
-    assert (refined.labels == 1).sum() > (plain.labels == 1).sum()
+    segmenter.unet = VoxelUNet(Plan((1.0, 1.0, 4.0), (24, 20, 6)), (1,)).eval()
+    torch.nn.init.constant_(segmenter.unet.net.output_block.conv.conv.bias, 0.0)
+    with torch.no_grad():
+        segmenter.unet.net.output_block.conv.conv.bias[1] = 40.0
+    drawn, off = segmenter.segment(query), with_settings(segmenter, unet=0.0).segment(query)
+    assert (drawn.labels == 1).sum() > (plain.labels == 1).sum()
     np.testing.assert_array_equal(off.labels, plain.labels)
-    np.testing.assert_array_equal(refined.confidence, plain.confidence)
+    np.testing.assert_array_equal(drawn.confidence, plain.confidence)
 
 
 @pytest.mark.parametrize(

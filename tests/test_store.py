@@ -1,7 +1,6 @@
 """Saved models: identical after loading, whole after any crash, refused in words when damaged."""
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -17,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from ofl_sam2.backbone import load
 from ofl_sam2.errors import InputError, ModelError, OFLError, WeightsError
-from ofl_sam2.learner.load import refinement_bytes
-from ofl_sam2.learner.refinement import Refinement
+from ofl_sam2.learner.plan import Plan
+from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.memory.pool import MAIN
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.store import FORMAT, INDEX, is_model, load_model, read_index, save_model
@@ -41,14 +40,13 @@ def learned(make_segmenter, make_case) -> VolumeSegmenter:
 
 @pytest.fixture(scope="module")
 def extended(learned, make_case) -> VolumeSegmenter:
-    """The same after one more case and some training, with a refinement of one of the structures."""
+    """The same after one more case and some training, with a U-Net of one of the structures."""
     segmenter = VolumeSegmenter(learned.backbone, copy.deepcopy(learned.learner), learned.settings)
     segmenter.pools, segmenter.viewpoint = learned.pools, learned.viewpoint
     with torch.no_grad():
         segmenter.learner.lam.mul_(2)
     segmenter.learn([make_case("c", seed=2)], {1: "bright", 2: "dim"})
-    segmenter.refinement = Refinement(128, (2,))
-    torch.nn.init.ones_(segmenter.refinement.change.weight)
+    segmenter.unet = VoxelUNet(Plan((1.0, 1.0, 4.0), (24, 20, 6)), (2,)).eval()
     return segmenter
 
 
@@ -103,32 +101,31 @@ def test_a_model_goes_on_learning_after_loading(folder, extended, make_case, que
     loaded = load_model(folder)
     with torch.no_grad():
         loaded.learner.lam.mul_(2)
-    loaded.refinement = extended.refinement
+    loaded.unet = extended.unet
     loaded.learn([make_case("c", seed=2)], {1: "bright", 2: "dim"})
     save_model(loaded, folder)
     assert_same(load_model(folder), extended, query)
 
 
-def test_a_refinement_is_saved_and_goes_when_the_model_has_none(folder, learned, extended, query):
+def test_a_unet_is_saved_and_goes_when_the_model_has_none(folder, learned, extended, query):
     save_model(extended, folder)
-    file = read_index(folder).refinement.file
+    file = read_index(folder).unet.file
     loaded = load_model(folder)
-    assert loaded.refinement.values == (2,)
+    assert loaded.unet.values == (2,)
     assert_same(loaded, extended, query)
     save_model(learned, folder)
     assert not (folder / file).exists()
-    assert load_model(folder).refinement is None
+    assert load_model(folder).unet is None
 
 
-def test_a_refinement_of_another_backbone_is_refused(folder, learned, query):
-    save_model(learned, folder)
-    content = refinement_bytes(Refinement(64, (1,)))
-    digest = hashlib.sha256(content).hexdigest()
-    name = f"refinement-{digest[:16]}.safetensors"
-    (folder / name).write_bytes(content)
-    rewrite(folder, lambda index: index.update(refinement={"file": name, "sha256": digest}))
-    with pytest.raises(ModelError, match="no refinement for nano"):
-        load_model(folder)
+def test_a_model_of_format_2_is_read_without_its_refinement(folder, learned, query):
+    def older(index):
+        index.update(format=2, refinement={"file": "refinement-0123456789abcdef.safetensors", "sha256": "0" * 64})
+        del index["unet"], index["settings"]["unet"]
+        index["settings"]["refinement"] = True
+
+    rewrite(folder, older)
+    assert_same(load_model(folder), learned, query)
 
 
 def test_settings_can_differ_from_the_saved_ones(folder):
@@ -168,7 +165,7 @@ def test_what_the_new_model_does_not_name_is_removed_and_nothing_else(folder, ex
     left_by_a_crash.write_bytes(b"half")
     save_model(extended, folder)
     index = read_index(folder)
-    named = {INDEX, index.learner.file, index.refinement.file, *(stored.file for stored in index.pool)}
+    named = {INDEX, index.learner.file, index.unet.file, *(stored.file for stored in index.pool)}
     assert set(content(folder)) == named | set(strangers)
     assert old_learner not in named
 
@@ -196,7 +193,7 @@ def test_nothing_learned_is_nothing_to_save(make_segmenter, tmp_path):
 
 @pytest.mark.parametrize("failing", [1, 2, 3, 4])
 def test_a_write_that_fails_leaves_the_old_model_and_no_rubbish(folder, extended, learned, query, monkeypatch, failing):
-    """Four files change: the learner, the refinement, one case, the index."""
+    """Four files change: the learner, the U-Net, one case, the index."""
     calls, replace = [], os.replace
 
     def fail(*paths):
@@ -230,7 +227,7 @@ def test_a_crash_at_any_point_leaves_the_old_or_the_new_model(pristine, tmp_path
             os._exit(0)
         crashed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         index = read_index(folder)
-        for stored in (index.learner, *filter(None, [index.refinement]), *index.pool):
+        for stored in (index.learner, *filter(None, [index.unet]), *index.pool):
             assert load_file(folder / stored.file)
         seen.append("old" if index == old else "new")
         if crashed in (0, 7) and point % 5 == 0:
@@ -326,7 +323,7 @@ def test_an_index_cut_anywhere_is_a_model_error(folder):
         ("learner",),
         ("learner", "file"),
         ("learner", "sha256"),
-        ("refinement",),
+        ("unet",),
         ("pool",),
         ("pool", 0),
         ("pool", 0, "case"),
@@ -385,7 +382,7 @@ def test_entries_that_make_no_sense_are_refused(folder, change, words):
         load_model(folder)
 
 
-@pytest.mark.parametrize("which", ["learner", "refinement", "pool"])
+@pytest.mark.parametrize("which", ["learner", "unet", "pool"])
 def test_a_missing_file_is_named(folder, extended, which):
     save_model(extended, folder)
     path = next(folder.glob(f"{which}-*"))
@@ -394,7 +391,7 @@ def test_a_missing_file_is_named(folder, extended, which):
         load_model(folder)
 
 
-@pytest.mark.parametrize("which", ["learner", "refinement", "pool"])
+@pytest.mark.parametrize("which", ["learner", "unet", "pool"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "longer"])
 def test_a_damaged_file_is_refused_before_it_is_read(folder, extended, which, damage):
     save_model(extended, folder)

@@ -34,9 +34,10 @@ from monai.transforms import (
 from torch import Tensor, nn
 
 from ofl_sam2.dataset import LabelledCase
+from ofl_sam2.learner.plan import Plan, rounded_up
 from ofl_sam2.volume import Volume
 
-from .peer_data import Plan, image_sample, labelled_part, labelled_sample, restored, rounded_up
+from .peer_data import image_sample, labelled_part, labelled_sample, restored
 
 BOTH = ("image", "label")
 
@@ -203,7 +204,7 @@ def train_peer(
     started = time.perf_counter()
     torch.manual_seed(seed)
     cases = [labelled_part(case) for case in cases]
-    peer = PEERS[name](Plan.of(cases), 1 + len(structures))
+    peer = PEERS[name](Plan.of(case.volume for case in cases), 1 + len(structures))
     network = peer.network().train()
     optimizer = peer.optimizer(network)
     schedule = torch.optim.lr_scheduler.LambdaLR(

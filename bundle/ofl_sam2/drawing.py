@@ -1,7 +1,7 @@
 """From a volume to its label map: an overview of the whole, then close-ups of small structures."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +19,7 @@ from ofl_sam2.memory.pool import View, describe
 from ofl_sam2.progress import Watch
 from ofl_sam2.propagation import LearnedView, Propagation, SegmentedSlice
 from ofl_sam2.quality import ExpectedDice
+from ofl_sam2.settings import Settings
 from ofl_sam2.volume import SliceStack, Volume
 from ofl_sam2.window import Window
 
@@ -41,11 +42,15 @@ class Drawing:
         self.confidence = torch.zeros(len(self.main), len(self.values))
         self.expected = ExpectedDice(len(self.values))
         self.overview: Tensor | None = None
+        self.by_unet: Tensor | None = None
 
     def run(self) -> tuple[Canvas, list[float]]:
         """The label map, and the estimated quality of each structure."""
         close = self.segmenter.view(View(close=True)) if self.segmenter.settings.close_ups else None
         magnified = close.values if close else ()
+        unet = self.segmenter.active_unet
+        if unet and is_averaged(self.volume.grid, len(self.values)):
+            self.by_unet = unet.probabilities(self.volume, self.values, self.watch.check)
         canvas = Canvas(self.volume.grid, self.values, self.segmenter.settings.overlap, repaint=bool(magnified))
         self._look(canvas, None, self.values, overview=bool(magnified))
         seen: list[tuple[Window, tuple[int, ...]]] = []
@@ -70,7 +75,7 @@ class Drawing:
         grid = next(iter(stacks.values())).volume.grid
         region, rows = window.slices if window else (), [self.values.index(value) for value in values]
         self.expected.forget(rows)
-        if len(values) * math.prod(grid) > MAX_AVERAGED:
+        if not is_averaged(grid, len(values)):
             main, stack = next((view, stack) for view, stack in usable.items() if view.axis is None)
             for index, probability in self._probabilities(main, stack, values, window):
                 self._paint(canvas, partial(_slice_of, stack, region, index), values, probability, probability)
@@ -88,7 +93,8 @@ class Drawing:
             self.overview = total.half()
         elif window and self.overview is not None:
             total = (total + self.overview[rows][(slice(None), *region)]) / 2
-        self._paint(canvas, itemgetter(region), values, total, self._smoothed(total))
+        second = None if self.by_unet is None else self.by_unet[rows][(slice(None), *region)].float()
+        self._paint(canvas, itemgetter(region), values, total, self._smoothed(total), second)
 
     def _probabilities(
         self, view: View, stack: SliceStack, values: tuple[int, ...], window: Window | None
@@ -115,11 +121,12 @@ class Drawing:
         values: tuple[int, ...],
         probabilities: Tensor,
         smooth: Tensor,
+        second: Tensor | None = None,
     ) -> None:
         """Draw what is smoothly likelier than the threshold, and count what Dice the probabilities let expect of it."""
-        threshold = self.segmenter.settings.threshold
-        self.expected.add([self.values.index(value) for value in values], probabilities, smooth > threshold)
-        canvas.paint(part, smooth.logit(_EPS) - math.log(threshold / (1 - threshold)), values)
+        scores = scored(smooth, self.segmenter.settings, second)
+        self.expected.add([self.values.index(value) for value in values], probabilities, scores > 0)
+        canvas.paint(part, scores, values)
 
     def _propagate(
         self, view: View, stack: SliceStack, values: tuple[int, ...], offset: int = 0
@@ -132,9 +139,7 @@ class Drawing:
             self.watch.check()
             similarities.append(learned.pool.similarity(describe(batch.stride16).cpu()))
         columns = [self.values.index(value) for value in values]
-        run = Propagation(
-            learned.supports, values, learned.of(values), self.segmenter.settings, self.segmenter.active_refinement
-        )
+        run = Propagation(learned.supports, values, learned.of(values), self.segmenter.settings)
         for result in run.run(lambda index: self.segmenter.encode(stack.images([index])), torch.cat(similarities)):
             if view.axis is None:
                 self.confidence[offset + result.index, columns] = result.confidence.cpu()
@@ -144,6 +149,27 @@ class Drawing:
     def _can_show(self, view: View, values: tuple[int, ...]) -> bool:
         learned = self.segmenter.view(view)
         return learned is not None and set(values) <= set(learned.values)
+
+
+def is_averaged(grid: Sequence[int], count: int) -> bool:
+    """Whether probabilities of so many structures in a grid fit into memory."""
+    return count * math.prod(grid) <= MAX_AVERAGED
+
+
+def scored(probabilities: Tensor, settings: Settings, second: Tensor | None = None) -> Tensor:
+    """Logits that are positive where a structure is drawn.
+
+    Args:
+        probabilities: of the learner, `(k, ...)`; `Settings.threshold` is where it draws.
+        settings: threshold and weight of the U-Net.
+        second: those of the U-Net, which draws from 0.5 on; NaN where it does not know.
+    """
+    scores = probabilities.logit(_EPS) - math.log(settings.threshold / (1 - settings.threshold))
+    if second is None:
+        return scores
+    limit = math.log(1 / _EPS)
+    both = (1 - settings.unet) * scores.clamp(-limit, limit) + settings.unet * second.logit(_EPS)
+    return torch.where(both.isnan(), scores, both)
 
 
 def _slice_of(stack: SliceStack, region: tuple[slice, ...], index: int, array: NDArray[Any]) -> NDArray[Any]:

@@ -21,12 +21,10 @@ from ofl_sam2.settings import Order, Settings
 
 MAX_CACHED_SUPPORTS = 512
 
-Refine = Callable[[ImageFeatures, Decoded, Sequence[int]], Tensor]
-
 
 @dataclass(frozen=True)
 class SegmentedSlice:
-    """One slice: `logits (K, 4h, 4w)`, refined or absent ones overwritten, `confidence` and `present (K,)`."""
+    """One slice: `logits (K, 4h, 4w)` with absent structures overwritten, `confidence (K,)`, `present (K,)` bool."""
 
     index: int
     logits: Tensor
@@ -165,18 +163,10 @@ class Propagation:
         values: label values of the K structures.
         start: mapping networks solved on the pool, see `solve_on_pool`.
         settings: the switches.
-        refine: what corrects the masks of a slice, such as a `Refinement`; SAM2's memory and the learner do not see it.
     """
 
-    def __init__(
-        self,
-        encoder: SupportEncoder,
-        values: Sequence[int],
-        start: PoolSolution,
-        settings: Settings,
-        refine: Refine | None = None,
-    ) -> None:
-        self.encoder, self.values, self.settings, self.refine = encoder, values, settings, refine
+    def __init__(self, encoder: SupportEncoder, values: Sequence[int], start: PoolSolution, settings: Settings) -> None:
+        self.encoder, self.values, self.settings = encoder, values, settings
         self.backbone, self.learner = encoder.backbone, encoder.learner
         self.tau, self.metric = start
         self.working_set: WorkingSet | None = None
@@ -212,8 +202,7 @@ class Propagation:
         decoded = self.backbone.decode(embedding, shared)
         trust = confidence(decoded)
         self._remember(shared, decoded, trust >= self.settings.gamma)
-        masks = self.refine(features, decoded, self.values) if self.refine else decoded.masks()
-        return SegmentedSlice(index, masks, trust, decoded.presence > 0)
+        return SegmentedSlice(index, decoded.masks(), trust, decoded.presence > 0)
 
     def _retrieve(self, features: ImageFeatures) -> list[list[_Support]]:
         """Supports per structure, all lists of one length: short ones repeat their supports."""

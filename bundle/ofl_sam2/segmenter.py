@@ -16,7 +16,7 @@ from ofl_sam2.dataset import LabelledCase, default_structures
 from ofl_sam2.drawing import Drawing
 from ofl_sam2.errors import InputError
 from ofl_sam2.learner.few_shot import FewShotLearner
-from ofl_sam2.learner.refinement import Refinement
+from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.looks import Look, Viewpoint
 from ofl_sam2.memory.cache import FeatureCache
 from ofl_sam2.memory.pool import MAIN, PooledCase, SupportPool, View, label_map
@@ -67,7 +67,7 @@ class VolumeSegmenter:
         pools: labelled slices, one pool a view.
         structures: label value -> name of what was learned.
         viewpoint: how volumes are sliced; None before anything was learned.
-        refinement: what `train` fitted to correct masks; None before it did.
+        unet: the 3D U-Net that `train` fitted; None before it did.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class VolumeSegmenter:
         self.pools: dict[View, SupportPool] = {}
         self.structures: dict[int, str] = {}
         self.viewpoint: Viewpoint | None = None
-        self.refinement: Refinement | None = None
+        self.unet: VoxelUNet | None = None
         self._views: dict[View, LearnedView] = {}
 
     @property
@@ -226,9 +226,9 @@ class VolumeSegmenter:
             yield self.encode(stack.images(chosen[start : start + _ENCODE_BATCH]))
 
     @property
-    def active_refinement(self) -> Refinement | None:
-        """The refinement, unless the settings say to go without."""
-        return self.refinement if self.settings.refinement else None
+    def active_unet(self) -> VoxelUNet | None:
+        """The U-Net, unless the settings say to go without."""
+        return self.unet if self.settings.unet else None
 
     @property
     def device(self) -> torch.device:
@@ -271,7 +271,7 @@ def with_settings(segmenter: VolumeSegmenter, **changes: Any) -> VolumeSegmenter
     settings = replace(segmenter.settings, **changes)
     other = VolumeSegmenter(segmenter.backbone, segmenter.learner, settings, segmenter.cache)
     other.pools, other.structures = segmenter.pools, segmenter.structures
-    other.refinement = segmenter.refinement
+    other.unet = segmenter.unet
     other.viewpoint = segmenter.viewpoint and replace(segmenter.viewpoint, settings=settings)
     if any(getattr(settings, name) != getattr(segmenter.settings, name) for name in _SOLVING):
         other.solve()

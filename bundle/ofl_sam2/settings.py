@@ -24,6 +24,7 @@ _RANGES = {
     "support_floor": (0, 1),
     "pool_slices": (1, math.inf),
     "threshold": (0.01, 0.99),
+    "unet": (0, 1),
 }
 
 
@@ -51,7 +52,7 @@ class Settings:
         learn_steps: steepest-descent steps on the pool at `learn`.
         first_steps, update_steps: steps on the first query slice of a volume and on each one after it.
         pool_slices: labelled slices per structure that `learn` solves on.
-        refinement: correct masks with what `train` fitted for that, if it did.
+        unet: weight, below 1, of the 3D U-Net that `train` fitted, if it did; 0 goes without.
         overlap: allow structures to overlap in the result.
         side_views: look at volumes of nearly isotropic voxels along all three axes, and average.
         close_ups: look again, magnified, at small structures.
@@ -82,7 +83,7 @@ class Settings:
     first_steps: int = 5
     update_steps: int = 3
     pool_slices: int = 32
-    refinement: bool = True
+    unet: float = 0.5
     overlap: bool = False
     side_views: bool = True
     close_ups: bool = True

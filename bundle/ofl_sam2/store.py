@@ -1,7 +1,7 @@
 """A learned model as a folder: published atomically, checked by sha256, readable without the training data.
 
-`model.json` names everything else by content: `learner-*.safetensors` (learner and fusion), `refinement-*.safetensors`
-(if one was trained), `pool-*.safetensors` (one a labelled case: frozen features and labels of its slices). It is
+`model.json` names everything else by content: `learner-*.safetensors` (learner and fusion), `unet-*.safetensors` (the
+U-Net, if one was trained), `pool-*.safetensors` (one a labelled case: frozen features and labels of its slices). It is
 replaced last, so a crash leaves the old or the new model. One process at a time saves into a folder.
 """
 
@@ -22,18 +22,19 @@ from ofl_sam2.backbone.frozen import ImageFeatures, SAM2Backbone
 from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.backbone.weights import read_state, sha256_of
 from ofl_sam2.errors import InputError, ModelError
-from ofl_sam2.learner.load import learner_bytes, read_learner, read_refinement, refinement_bytes
+from ofl_sam2.learner.load import learner_bytes, read_learner, read_unet, unet_bytes
 from ofl_sam2.looks import Viewpoint
 from ofl_sam2.memory.cache import FeatureCache
 from ofl_sam2.memory.pool import PooledCase, SupportPool, View
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.settings import Settings
 
-FORMAT = 2
+FORMAT = 3
 INDEX = "model.json"
-_FILE = re.compile(r"(learner|refinement|pool)-[0-9a-f]{16}\.safetensors")
+_FILE = re.compile(r"(learner|unet|pool)-[0-9a-f]{16}\.safetensors")
 _OWN = re.compile(rf"(\.[0-9a-f]+\.partial\.)?{_FILE.pattern}")
 _MAX_VALUE = 255
+_FORMER_SETTINGS = ("refinement",)
 _ADVICE = "Restore the folder from a copy, or learn again with --fresh."
 
 T = TypeVar("T")
@@ -67,7 +68,7 @@ class ModelIndex:
         structures: label value -> name.
         settings: the switches of the method.
         learner: learner and fusion.
-        refinement: if one was trained.
+        unet: the U-Net, if one was trained.
         pool: the labelled cases, an entry for each view of them.
         notes: free entries, such as how long was trained.
     """
@@ -80,7 +81,7 @@ class ModelIndex:
     structures: dict[int, str]
     settings: Settings
     learner: StoredFile
-    refinement: StoredFile | None
+    unet: StoredFile | None
     pool: tuple[StoredCase, ...]
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -94,7 +95,7 @@ class ModelIndex:
             "structures": self.structures,
             "settings": self.settings.to_dict(),
             "learner": vars(self.learner),
-            "refinement": self.refinement and vars(self.refinement),
+            "unet": self.unet and vars(self.unet),
             "pool": [vars(case) for case in self.pool],
             "notes": self.notes,
         }
@@ -114,9 +115,9 @@ class ModelIndex:
             axis=_typed(content["slicing"]["axis"], int),
             through_plane=_typed(content["slicing"]["through_plane"], bool),
             structures={int(value): _typed(name, str) for value, name in content["structures"].items()},
-            settings=Settings.from_dict(content["settings"]),
+            settings=Settings.from_dict({k: v for k, v in content["settings"].items() if k not in _FORMER_SETTINGS}),
             learner=_stored_file(content["learner"]),
-            refinement=_stored_file(entry) if (entry := content.get("refinement")) is not None else None,
+            unet=_stored_file(entry) if (entry := content.get("unet")) is not None else None,
             pool=tuple(_stored_case(entry) for entry in _typed(content["pool"], list)),
             notes=_typed(content["notes"], dict),
         )
@@ -151,7 +152,7 @@ def save_model(
     """
     if segmenter.viewpoint is None:
         raise InputError("There is nothing to save: learn from at least one labelled volume first.")
-    refined = segmenter.refinement
+    unet = segmenter.unet
     index = ModelIndex(
         segmenter.backbone.config.name,
         segmenter.backbone_hash,
@@ -161,12 +162,12 @@ def save_model(
         segmenter.structures,
         segmenter.settings,
         _write_named(folder, "learner", learner_bytes(segmenter.learner), reuse),
-        _write_named(folder, "refinement", refinement_bytes(refined), reuse) if refined else None,
+        _write_named(folder, "unet", unet_bytes(unet), reuse) if unet else None,
         tuple(_write_case(folder, c, reuse) for pool in segmenter.pools.values() for c in pool.cases.values()),
         notes or {},
     )
     atomic_write_text(folder / INDEX, index.to_json())
-    named = {stored.file for stored in (index.learner, index.refinement, *index.pool) if stored}
+    named = {stored.file for stored in (index.learner, index.unet, *index.pool) if stored}
     for path in folder.iterdir():
         if _OWN.fullmatch(path.name) and path.name not in named:
             with suppress(OSError):
@@ -205,10 +206,8 @@ def load_model(
     if learner.channels != backbone.width:
         raise ModelError(f"{folder / index.learner.file} is no learner for {index.backbone}. {_ADVICE}")
     segmenter = VolumeSegmenter(backbone, learner, settings, cache)
-    if index.refinement:
-        segmenter.refinement = read_refinement(_checked(folder, index.refinement)).to(device)
-        if segmenter.refinement.channels != backbone.width:
-            raise ModelError(f"{folder / index.refinement.file} is no refinement for {index.backbone}. {_ADVICE}")
+    if index.unet:
+        segmenter.unet = read_unet(_checked(folder, index.unet)).to(device)
     if segmenter.backbone_hash != index.backbone_hash:
         raise ModelError(
             f"{folder} was learned with other weights of {index.backbone} than the ones installed. "

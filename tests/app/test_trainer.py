@@ -17,7 +17,8 @@ from lib.workspace import Workspace
 from monailabel.utils.async_tasks import utils as background
 
 from ofl_sam2.errors import InputError
-from ofl_sam2.learner.refinement import Refinement
+from ofl_sam2.learner.plan import Plan
+from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.training.trainer import EpochReport, TrainingResult
 
@@ -35,7 +36,7 @@ def outcome_of(before: float | None, after: float | None, improved: bool) -> Cal
         if improved:
             with torch.no_grad():
                 segmenter.learner.lam.add_(0.5)
-            segmenter.refinement = Refinement(segmenter.backbone.width, tuple(segmenter.structures))
+            segmenter.unet = VoxelUNet(Plan((1.0, 1.0, 4.0), (24, 20, 6)), tuple(segmenter.structures))
         return TrainingResult(reports, before, after, improved)
 
     return train
@@ -74,7 +75,7 @@ def test_better_result_is_published_on_top_of_newer_labels(
     assert "Published as snapshot 3: Dice on held-out slices was 0.5 before and 0.75" in stats["message"]
     assert list(segmenter.pool.cases) == ["synthetic_000", "synthetic_001", "synthetic_002"]
     assert segmenter.learner.lam.item() == pytest.approx(workspace.open_base().learner.lam.item() + 0.5)
-    assert segmenter.refinement is not None and segmenter.refinement.values == (1, 2)
+    assert segmenter.unet is not None and segmenter.unet.values == (1, 2)
     assert snapshot.notes["trained_on"] == dict.fromkeys(LABELLED, "0" * 64)
     assert set(snapshot.notes["learned"]) == set(segmenter.pool.cases) and snapshot.notes["flagged"]
 

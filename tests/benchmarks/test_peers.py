@@ -8,10 +8,11 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from support import peers
-from support.peer_data import Plan, image_sample, labelled_part, labelled_sample, restored
+from support.peer_data import image_sample, labelled_part, labelled_sample, restored
 from support.peers import PEERS, train_peer
 
 from ofl_sam2.errors import InputError
+from ofl_sam2.learner.plan import Plan
 
 ISOTROPIC = np.diag([1.0, 1.0, 1.0, 1.0])
 STRUCTURES = {1: "bright", 2: "dim"}
@@ -21,28 +22,6 @@ TURNED = np.array([[0.0, 0, -4, 30], [-1, 0, 0, 20], [0, 2, 0, 10], [0, 0, 0, 1]
 @pytest.fixture(scope="module")
 def case(make_case):
     return make_case(grid=(24, 20, 16), affine=ISOTROPIC)
-
-
-def test_plan_is_in_canonical_axes(make_case):
-    plan = Plan.of([make_case(grid=(24, 20, 6), affine=TURNED)])
-    assert plan.spacing == (4.0, 1.0, 2.0)
-    assert plan.shape == (6, 24, 20)
-    assert plan.thick_axis == 0
-
-
-def test_pooling_keeps_thick_slices_until_pixels_are_as_wide():
-    strides, kernels = Plan((1.4, 1.4, 10.0), (96, 96, 9)).pooling((96, 96, 9))
-    assert strides[:4] == [[1, 1, 1], [2, 2, 1], [2, 2, 1], [2, 2, 2]]
-    assert kernels[0] == [3, 3, 1]
-    assert len(kernels) == len(strides)
-
-
-def test_patch_is_bounded_and_divisible():
-    plan = Plan((1.0, 1.0, 1.0), (200, 180, 150))
-    patch = plan.patch(most_voxels=160_000)
-    factors = np.prod(plan.pooling(patch)[0], axis=0)
-    assert not np.any(np.array(patch) % factors)
-    assert np.prod(patch) < 2 * 160_000
 
 
 def test_classes_are_numbered_without_gaps(make_case):
@@ -65,7 +44,7 @@ def test_only_labelled_slices_are_kept(make_case):
 @pytest.mark.parametrize("affine", [ISOTROPIC, TURNED], ids=["isotropic", "thick, turned"])
 def test_prepared_labels_come_back_in_the_grid_of_the_volume(make_case, name, affine):
     case = make_case(grid=(24, 20, 16), affine=affine)
-    peer = PEERS[name](Plan.of([case]), 3)
+    peer = PEERS[name](Plan.of([case.volume]), 3)
     prepare = peer.prepare(training=True)
     label = prepare(labelled_sample(case, STRUCTURES))["label"]
     probability = torch.nn.functional.one_hot(label[0].as_tensor().long(), 3).movedim(-1, 0).float()
@@ -75,7 +54,7 @@ def test_prepared_labels_come_back_in_the_grid_of_the_volume(make_case, name, af
 
 @pytest.mark.parametrize("name", PEERS)
 def test_patches_hold_image_and_label_of_the_same_place(case, name):
-    peer = PEERS[name](Plan.of([case]), 3)
+    peer = PEERS[name](Plan.of([case.volume]), 3)
     prepared = peer.prepare(training=True)(labelled_sample(case, STRUCTURES))
     part = peer.augment().set_random_state(3)(prepared)
     part = part[0] if isinstance(part, list) else part

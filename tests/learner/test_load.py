@@ -7,8 +7,9 @@ from safetensors.torch import load_file, save, save_file
 from ofl_sam2.errors import WeightsError
 from ofl_sam2.learner import load
 from ofl_sam2.learner.few_shot import FewShotLearner
-from ofl_sam2.learner.load import learner_bytes, read_learner, read_refinement, refinement_bytes, shipped_learner
-from ofl_sam2.learner.refinement import Refinement
+from ofl_sam2.learner.load import learner_bytes, read_learner, read_unet, shipped_learner, unet_bytes
+from ofl_sam2.learner.plan import Plan
+from ofl_sam2.learner.unet import VoxelUNet
 
 SHAPE = {"channels": "128", "inputs": "32", "encoding": "32", "kind": "mask"}
 
@@ -111,13 +112,17 @@ def test_values_are_kept_in_full_precision(make_learner, tmp_path):
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("values", [(1,), (3, 300)])
-def test_a_refinement_comes_back_with_its_structures_and_values(tmp_path, values):
-    refinement, path = Refinement(64, values, width=8), tmp_path / "refinement.safetensors"
-    path.write_bytes(refinement_bytes(refinement))
-    loaded = read_refinement(path)
-    assert (loaded.channels, loaded.values, loaded.width) == (64, values, 8)
-    for name, value in refinement.state_dict().items():
+PLAN = Plan((1.0, 1.0, 4.0), (24, 20, 6))
+
+
+@pytest.mark.parametrize(("values", "colour"), [((1,), False), ((3, 200), True)])
+def test_a_unet_comes_back_with_its_plan_structures_and_values(tmp_path, values, colour):
+    unet, path = VoxelUNet(PLAN, values, colour), tmp_path / "unet.safetensors"
+    path.write_bytes(unet_bytes(unet))
+    loaded = read_unet(path)
+    assert (loaded.plan, loaded.values, loaded.colour) == (PLAN, values, colour)
+    assert not loaded.training
+    for name, value in unet.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
 
 
@@ -125,27 +130,29 @@ def test_a_refinement_comes_back_with_its_structures_and_values(tmp_path, values
     "header",
     [
         None,
-        {"channels": "0"},
-        {"channels": "12"},
-        {"channels": "wide"},
-        {"width": "100000"},
-        {"width": "null"},
+        {"spacing": "[1, 1]"},
+        {"spacing": "[1, 1, 0]"},
+        {"spacing": "[1, 1, NaN]"},
+        {"shape": "[24, 20]"},
+        {"shape": "[24, 20, 0]"},
+        {"shape": "[4000, 4000, 4000]"},
+        {"shape": "wide"},
         {"values": "[]"},
         {"values": "[1, 1]"},
         {"values": "7"},
         {"values": '["x"]'},
     ],
 )
-def test_a_header_that_describes_no_refinement_is_refused(tmp_path, header):
-    path = tmp_path / "refinement.safetensors"
-    shape = {"channels": "64", "width": "8", "values": "[1, 2]"}
-    path.write_bytes(save(Refinement(64, (1, 2), 8).state_dict(), None if header is None else {**shape, **header}))
-    with pytest.raises(WeightsError, match=r"no refinement \(header: .*Train again"):
-        read_refinement(path)
+def test_a_header_that_describes_no_unet_is_refused(tmp_path, header):
+    path = tmp_path / "unet.safetensors"
+    shape = {"spacing": "[1, 1, 4]", "shape": "[24, 20, 6]", "values": "[1, 2]", "colour": "false"}
+    path.write_bytes(save(VoxelUNet(PLAN, (1, 2)).state_dict(), None if header is None else {**shape, **header}))
+    with pytest.raises(WeightsError, match=r"no U-Net \(header: .*Train again"):
+        read_unet(path)
 
 
-def test_a_refinement_of_other_structures_than_its_header_says_is_refused(tmp_path):
-    path = tmp_path / "refinement.safetensors"
-    path.write_bytes(save(Refinement(64, (1, 2), 8).state_dict(), {"channels": "64", "width": "8", "values": "[1]"}))
+def test_a_unet_of_other_structures_than_its_header_says_is_refused(tmp_path):
+    path, shape = tmp_path / "unet.safetensors", {"spacing": "[1, 1, 4]", "shape": "[24, 20, 6]", "colour": "false"}
+    path.write_bytes(save(VoxelUNet(PLAN, (1, 2)).state_dict(), {**shape, "values": "[1]"}))
     with pytest.raises(WeightsError):
-        read_refinement(path)
+        read_unet(path)

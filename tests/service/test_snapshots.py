@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from ofl_sam2.errors import InputError, ModelError, OFLError
-from ofl_sam2.learner.load import read_learner, read_refinement
-from ofl_sam2.learner.refinement import Refinement
+from ofl_sam2.learner.load import read_learner, read_unet
+from ofl_sam2.learner.plan import Plan
+from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.service.snapshots import SnapshotStore
 from ofl_sam2.store import INDEX, load_model, read_index
 
@@ -249,7 +250,7 @@ def _fork(work: Callable[[], None]) -> int:
 
 
 def test_the_exported_parameters_hold_nothing_of_a_patient(store, two, tmp_path, monkeypatch):
-    monkeypatch.setattr(two, "refinement", Refinement(128, (1,)))
+    monkeypatch.setattr(two, "unet", VoxelUNet(Plan((1.0, 1.0, 4.0), (24, 20, 6)), (1,)))
     store.publish(two, {"learned": {"Miller^Anna": "12"}})
     store.export(1, tmp_path / "model.zip")
     with zipfile.ZipFile(tmp_path / "model.zip") as archive:
@@ -260,7 +261,7 @@ def test_the_exported_parameters_hold_nothing_of_a_patient(store, two, tmp_path,
     assert b"Miller" not in (tmp_path / "model.zip").read_bytes()
     learner = read_learner(tmp_path / "model" / content["learner"]["file"])
     assert (learner.lam == two.learner.lam).all()
-    assert read_refinement(tmp_path / "model" / content["refinement"]["file"]).values == (1,)
+    assert read_unet(tmp_path / "model" / content["unet"]["file"]).values == (1,)
 
 
 def test_a_snapshot_exported_with_its_pool_is_a_model(store, two, tmp_path, query):

@@ -58,7 +58,7 @@ def test_a_case_is_scored_from_the_other_cases_and_a_lone_one_from_its_other_sli
 ):
     pools = []
 
-    def perfect(segmenter, case, pool, values):
+    def perfect(segmenter, case, pool, values, second):
         pools.append({key: other.slices for key, other in pool.cases.items()})
         return [1.0] * len(values)
 
@@ -75,6 +75,30 @@ def test_the_score_is_the_dice_of_what_the_segmenter_draws(make_segmenter, make_
     score = held_out.dice(segmenter)
     assert 0 <= score <= 1
     assert score == held_out.dice(segmenter)
+
+
+def test_a_unet_counts_as_it_does_where_it_is_averaged(make_segmenter, make_case):
+    cases = make_case("a"), make_case("b", seed=1)
+    segmenter = make_segmenter(cases, unet=0.9)
+    held_out = HeldOut.choose(list(segmenter.pool.cases.values()))
+
+    class Knowing:
+        def probabilities(self, volume, values, check):
+            labels = next(case.labels for case in cases if case.volume is volume)
+            return torch.stack([torch.from_numpy(labels == value).half() for value in values])
+
+    seconds = held_out.drawn_by(Knowing(), segmenter, cases)
+    assert {name: maps.shape for name, maps in seconds.items()} == dict.fromkeys("ab", (1, 2, 16, 16))
+    assert held_out.dice(segmenter, seconds) > 0.95 > held_out.dice(segmenter)
+    unknown = {name: torch.full_like(maps, torch.nan) for name, maps in seconds.items()}
+    assert held_out.dice(segmenter, unknown) == held_out.dice(segmenter)
+
+
+@pytest.mark.parametrize(("count", "names"), [(1, None), (2, "a"), (3, "a"), (4, "a"), (9, "ai")])
+def test_whole_cases_are_held_out_from_as_many_on_as_are_enough(count, names):
+    held_out = HeldOut.choose([pooled(name, filled=range(2, 7)) for name in "abcdefghi"[:count]], enough=2)
+    whole = {(MAIN, name): tuple(range(10)) for name in names or ()}
+    assert held_out.rows == (whole or {(MAIN, "a"): (2, 7)})
 
 
 def test_of_a_long_case_the_middle_of_the_structure_is_scored():

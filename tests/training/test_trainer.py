@@ -11,9 +11,9 @@ from ignite.engine import Events
 
 from ofl_sam2.backbone.weights import state_hash
 from ofl_sam2.errors import Cancelled, InputError, ModelError
-from ofl_sam2.memory.pool import MAIN
+from ofl_sam2.memory.pool import MAIN, View
 from ofl_sam2.progress import CancelToken
-from ofl_sam2.training import refining, trainer
+from ofl_sam2.training import trainer
 from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.trainer import TrainingSettings, train
 
@@ -43,6 +43,19 @@ def better_every_time(monkeypatch):
     """Let held-out slices always speak for the new parameters."""
     scores = itertools.count()
     monkeypatch.setattr(HeldOut, "dice", lambda *_: next(scores) / 100)
+
+
+@pytest.fixture(autouse=True)
+def no_unet(monkeypatch):
+    """Leave all of the time to learner and fusion."""
+    monkeypatch.setattr(trainer, "_UNET", 0.0)
+    monkeypatch.setattr(trainer, "_UNET_UNFITTED", 0.0)
+
+
+@pytest.fixture
+def with_unet(monkeypatch, no_unet):
+    monkeypatch.setattr(trainer, "_UNET", 0.6)
+    monkeypatch.setattr(trainer, "_UNET_UNFITTED", 0.4)
 
 
 @pytest.fixture
@@ -238,34 +251,51 @@ def test_more_processes_than_episodes_are_refused(build, cases, monkeypatch):
         train(build(), cases, SHORT)
 
 
-@pytest.mark.parametrize(
-    ("scores", "refined", "improved"),
-    [
-        ([0.5, 0.6, 0.7, 0.65], True, True),
-        ([0.5, 0.6, 0.55, 0.65], True, True),
-        ([0.5, 0.6, 0.55, 0.55], False, True),
-        ([0.5, 0.4, 0.4, 0.4], False, False),
-    ],
-)
-def test_with_four_cases_a_refinement_is_fitted_and_kept_if_it_is_better(
-    make_segmenter, make_learner, make_case, monkeypatch, scores, refined, improved
-):
-    cases = [make_case(name, seed=seed) for seed, name in enumerate("abcd")]
-    segmenter = make_segmenter(tuple(cases), learner=make_learner(fused=False), pool_slices=3)
-    before, values = weights(segmenter), iter(scores)
-    monkeypatch.setattr(HeldOut, "dice", lambda *_: next(values))
-    monkeypatch.setattr(refining, "STEPS", 2)
-    shares = []
+@pytest.mark.usefixtures("with_unet")
+@pytest.mark.parametrize("better", [True, False])
+@pytest.mark.parametrize("helps", [True, False])
+def test_a_unet_is_fitted_afterwards_and_kept_if_it_helps_what_was_kept(build, cases, monkeypatch, better, helps):
+    segmenter, asked = build(), []
+    before, shares = weights(segmenter), []
+    slices = iter([0.5, 0.6 if better else 0.4])
+    apart = iter([0.55, 0.65, 0.7 if helps else 0.6])
+
+    def dice(held_out, of, seconds=None):
+        asked.append(seconds)
+        return next(slices if View(0) in {view for view, _ in held_out.rows} else apart)
+
+    def choose(pooled, enough=4):
+        return HeldOut({(MAIN, "a"): (2,)} | ({(View(0), "a"): (2,)} if enough == 4 else {}))
+
+    monkeypatch.setattr(HeldOut, "choose", choose)
+    monkeypatch.setattr(HeldOut, "dice", dice)
     result = train(segmenter, cases, SHORT, report=lambda entry: shares.append(entry.share))
-    assert (segmenter.refinement is not None, result.improved) == (refined, improved)
-    assert (result.dice_before, result.dice_after) == (scores[0], max(scores[1:]))
-    assert (weights(segmenter) == before) == (scores[2] == max(scores) or not improved)
+    assert (segmenter.unet is not None, result.improved) == (helps, helps or better)
+    outcome = (0.55, 0.7) if helps else (0.5, 0.6) if better else (0.5, 0.4)
+    assert (result.dice_before, result.dice_after) == outcome
+    assert (weights(segmenter) != before) == better
+    assert asked[:-1] == [None] * 4
+    assert {name: maps.shape for name, maps in asked[-1].items()} == {"a": (1, 2, 16, 16)}
     assert shares == sorted(shares)
-    assert 0.2 < shares[-1] <= 1
+    assert shares[SHORT.epochs - 1] == pytest.approx(0.6)
+    assert shares[-1] == (1 if helps else pytest.approx(0.6 + 0.4 * 2 / 3))
 
 
-def test_with_fewer_cases_no_refinement_is_fitted(build, cases, monkeypatch):
-    monkeypatch.setattr(trainer, "fit_refinement", lambda *_: pytest.fail("a refinement was fitted"))
+@pytest.mark.usefixtures("with_unet")
+@pytest.mark.parametrize("reason", ["nothing is held out", "too large to average"])
+def test_without_a_way_to_tell_or_to_use_it_no_unet_is_fitted(build, cases, monkeypatch, reason):
+    monkeypatch.setattr("ofl_sam2.training.voxels.fit_unet", lambda *_: pytest.fail("a U-Net was fitted"))
+    if reason == "nothing is held out":
+        monkeypatch.setattr(HeldOut, "choose", lambda *_, **__: HeldOut({}))
+    else:
+        monkeypatch.setattr("ofl_sam2.drawing.MAX_AVERAGED", 2 * 24 * 20 * 6 - 1)
     segmenter = build()
     train(segmenter, cases, SHORT)
-    assert segmenter.refinement is None
+    assert segmenter.unet is None
+
+
+@pytest.mark.usefixtures("with_unet")
+def test_a_cancelled_training_fits_no_unet(build, cases):
+    token, segmenter = CancelToken(), build()
+    train(segmenter, cases, SHORT, report=lambda _: token.cancel(), cancel=token)
+    assert segmenter.unet is None

@@ -1,6 +1,7 @@
-"""Learners ready for use: fresh, shipped with a backbone, or read from a file; refinements likewise."""
+"""Learners ready for use: fresh, shipped with a backbone, or read from a file; U-Nets likewise."""
 
 import json
+import math
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -10,11 +11,12 @@ from torch import nn
 from ofl_sam2.backbone.weights import load_strict, read_state
 from ofl_sam2.errors import WeightsError
 from ofl_sam2.learner.few_shot import FewShotLearner
-from ofl_sam2.learner.refinement import Refinement
+from ofl_sam2.learner.plan import Plan
+from ofl_sam2.learner.unet import MOST_VOXELS, VoxelUNet
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 _MOST_CHANNELS = 4096
-_MOST_STRUCTURES = 65535
+_MOST_STRUCTURES = 255
 
 
 def shipped_learner(backbone: str, channels: int) -> FewShotLearner:
@@ -33,10 +35,10 @@ def learner_bytes(learner: FewShotLearner) -> bytes:
     return _bytes(learner, {name: str(getattr(learner, name)) for name in ("channels", "inputs", "encoding", "kind")})
 
 
-def refinement_bytes(refinement: Refinement) -> bytes:
-    """As `learner_bytes`, of a refinement."""
-    shape = {"channels": refinement.channels, "width": refinement.width, "values": list(refinement.values)}
-    return _bytes(refinement, {name: json.dumps(value) for name, value in shape.items()})
+def unet_bytes(unet: VoxelUNet) -> bytes:
+    """As `learner_bytes`, of a U-Net."""
+    shape = {"spacing": unet.plan.spacing, "shape": unet.plan.shape, "values": unet.values, "colour": unet.colour}
+    return _bytes(unet, {name: json.dumps(value) for name, value in shape.items()})
 
 
 def _bytes(module: nn.Module, shape: dict[str, str]) -> bytes:
@@ -67,23 +69,26 @@ def read_learner(path: Path, sha256: str | None = None) -> FewShotLearner:
     return learner
 
 
-def read_refinement(path: Path, sha256: str | None = None) -> Refinement:
-    """As `read_learner`, of a refinement.
+def read_unet(path: Path, sha256: str | None = None) -> VoxelUNet:
+    """As `read_learner`, of a U-Net.
 
     Raises:
-        WeightsError: the file is missing, damaged, or no refinement.
+        WeightsError: the file is missing, damaged, or no U-Net.
     """
     state = read_state(path, sha256)
     try:
         with safe_open(path, "pt") as file:
-            shape = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-        channels, width, values = int(shape["channels"]), int(shape["width"]), tuple(map(int, shape["values"]))
-        if not all(0 < number <= _MOST_CHANNELS for number in (channels, width)) or channels % 8:
-            raise ValueError(f"{channels} channels and width {width}")
+            header = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+        spacing, values = tuple(map(float, header["spacing"])), tuple(map(int, header["values"]))
+        shape, colour = tuple(map(int, header["shape"])), bool(header["colour"])
+        if len(spacing) != 3 or not all(math.isfinite(step) and step > 0 for step in spacing):
+            raise ValueError(f"spacing {spacing}")
+        if len(shape) != 3 or not (min(shape) > 0 and math.prod(shape) <= MOST_VOXELS):
+            raise ValueError(f"shape {shape}")
         if not 0 < len(values) == len(set(values)) <= _MOST_STRUCTURES:
             raise ValueError(f"{len(values)} structures")
-        refinement = Refinement(channels, values, width)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} is no refinement (header: {error}). Train again.") from error
-    load_strict(refinement, state, source=str(path))
-    return refinement.eval()
+        unet = VoxelUNet(Plan(spacing, shape), values, colour)
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise WeightsError(f"{path} is no U-Net (header: {error}). Train again.") from error
+    load_strict(unet, state, source=str(path))
+    return unet.eval()

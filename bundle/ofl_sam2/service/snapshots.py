@@ -181,7 +181,7 @@ class SnapshotStore:
             target: the zip file.
             with_pool: include features and labels of the labelled slices and the notes (image names): then the content
                 is a model folder that `load_model` reads. Without, there is what was fitted, for `read_learner` and
-                `read_refinement`, and `model.json` with an empty pool.
+                `read_unet`, and `model.json` with an empty pool.
 
         Raises:
             InputError: no such snapshot (any more).
@@ -190,7 +190,7 @@ class SnapshotStore:
         """
         folder = self._known(version).folder
         index = read_index(folder)
-        stored = [index.learner, index.refinement, *(index.pool if with_pool else ())]
+        stored = [index.learner, index.unet, *(index.pool if with_pool else ())]
         files = [entry.file for entry in stored if entry]
         shown = index if with_pool else replace(index, pool=(), notes={})
         with atomic_path(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:

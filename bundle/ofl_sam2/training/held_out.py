@@ -3,9 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from ofl_sam2.memory.pool import PooledCase, SupportPool, View
+from ofl_sam2.dataset import LabelledCase
+from ofl_sam2.drawing import scored
+from ofl_sam2.learner.unet import VoxelUNet
+from ofl_sam2.memory.pool import MAIN, PooledCase, SupportPool, View
 from ofl_sam2.propagation import LearnedView, Propagation
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.training.losses import shrink_masks
@@ -18,7 +23,7 @@ _EVERY = 5
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows of pooled cases that are kept apart: whole cases of four or more, else every fifth slice of each.
+    """Rows of pooled cases that are kept apart: whole cases where there are enough, else every fifth slice of each.
 
     Attributes:
         rows: view and key of a pooled case -> rows.
@@ -27,11 +32,11 @@ class HeldOut:
     rows: Mapping[tuple[View, str], tuple[int, ...]]
 
     @classmethod
-    def choose(cls, cases: Sequence[PooledCase]) -> "HeldOut":
-        """Choose among all views of the cases to train on."""
+    def choose(cls, cases: Sequence[PooledCase], enough: int = ENOUGH_CASES) -> "HeldOut":
+        """Choose among all views of the cases to train on; whole ones of `enough` or more."""
         names = sorted({case.name for case in cases})
-        if len(names) >= ENOUGH_CASES:
-            apart = set(names[::_CASES_PER_HELD_OUT][: len(names) // ENOUGH_CASES])
+        if len(names) >= enough:
+            apart = set(names[::_CASES_PER_HELD_OUT][: max(1, len(names) // ENOUGH_CASES)])
             return cls({(c.view, c.key): tuple(range(len(c))) for c in cases if c.name in apart})
         return cls({(c.view, c.key): rows for c in cases if (rows := _every_fifth(c))})
 
@@ -42,8 +47,12 @@ class HeldOut:
         return part(case, kept) if kept else None
 
     @torch.no_grad()
-    def dice(self, segmenter: VolumeSegmenter) -> float | None:
+    def dice(self, segmenter: VolumeSegmenter, seconds: Mapping[str, Tensor] | None = None) -> float | None:
         """Mean Dice of held-out slices, each case segmented from the other cases, a lone one from its other slices.
+
+        Args:
+            segmenter: what to score; its own U-Net is not asked.
+            seconds: what a U-Net says of each case, see `drawn_by`; only where rows are of the main view alone.
 
         Returns:
             In [0, 1], at logit size; None where nothing could be scored.
@@ -57,8 +66,32 @@ class HeldOut:
                 others.add(rest)
             values = tuple(v for v in segmenter.structures if v in case.known & _taught(others.cases.values()))
             if values:
-                scores += _dice(segmenter, part(case, _middle(case, rows)), others, values)
+                shown, second = part(case, _middle(case, rows)), seconds[key] if seconds else None
+                scores += _dice(segmenter, shown, others, values, second)
         return sum(scores) / len(scores) if scores else None
+
+    def drawn_by(self, unet: VoxelUNet, segmenter: VolumeSegmenter, cases: Iterable[LabelledCase]) -> dict[str, Tensor]:
+        """What a U-Net makes of the slices of the main view that are scored.
+
+        Args:
+            unet: to ask.
+            segmenter: has learned the cases.
+            cases: those with held-out slices.
+
+        Returns:
+            For each case `(S, K, h, w)` at logit size; K are all structures of the segmenter.
+        """
+        seconds: dict[str, Tensor] = {}
+        for case in cases:
+            pooled = segmenter.pool.cases[case.volume.name]
+            found = unet.probabilities(case.volume, tuple(segmenter.structures), lambda: None).numpy()
+            stack, side = segmenter.stack(case.volume), pooled.labels.shape[-1] // 4
+            planes = []
+            for row in _middle(pooled, self.rows[MAIN, pooled.key]):
+                plane = np.stack([stack.slice_of(maps, pooled.slices[row]) for maps in found]).astype(np.float32)
+                planes.append(shrink_masks(stack.geometry.to_input(torch.from_numpy(plane))[:, 0], side))
+            seconds[pooled.key] = torch.stack(planes)
+        return seconds
 
 
 def part(case: PooledCase, rows: Sequence[int]) -> PooledCase:
@@ -88,12 +121,16 @@ def _middle(case: PooledCase, rows: Sequence[int]) -> tuple[int, ...]:
     return tuple(rows[first : first + MOST_SCORED])
 
 
-def _dice(segmenter: VolumeSegmenter, case: PooledCase, pool: SupportPool, values: tuple[int, ...]) -> list[float]:
+def _dice(
+    segmenter: VolumeSegmenter, case: PooledCase, pool: SupportPool, values: tuple[int, ...], second: Tensor | None
+) -> list[float]:
     learned = LearnedView(pool, values, segmenter.backbone, segmenter.learner, segmenter.settings)
-    run = Propagation(learned.supports, values, learned.solution, segmenter.settings, segmenter.active_refinement)
+    run = Propagation(learned.supports, values, learned.solution, segmenter.settings)
+    columns = [list(segmenter.structures).index(value) for value in values]
     overlap, total = torch.zeros(len(values)), torch.zeros(len(values))
     for result in run.run(lambda row: case.slice(row).to(segmenter.device), pool.similarity(case.descriptors)):
-        predicted = (result.logits > 0).flatten(1).cpu()
+        by_unet = None if second is None else second[result.index, columns]
+        predicted = (scored(result.logits.sigmoid().cpu(), segmenter.settings, by_unet) > 0).flatten(1)
         masks = torch.stack([case.mask(result.index, value) for value in values])
         true = (shrink_masks(masks, result.logits.shape[-1]) > 0.5).flatten(1)
         overlap += (predicted & true).sum(1)

@@ -1,15 +1,15 @@
 """Fit learner and fusion to labelled volumes: an Ignite engine over few-shot episodes on cached frozen features.
 
-Of four or more volumes a refinement of the masks is fitted afterwards, see `training.refining`.
+A 3D U-Net is fitted to the same labels afterwards, see `training.voxels`.
 """
 
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from ignite.engine import Engine, Events
@@ -18,25 +18,26 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.dataset import LabelledCase
+from ofl_sam2.drawing import is_averaged
 from ofl_sam2.errors import InputError, ModelError
-from ofl_sam2.learner.refinement import Refinement
-from ofl_sam2.memory.pool import PooledCase
+from ofl_sam2.learner.unet import VoxelUNet
+from ofl_sam2.looks import Viewpoint
+from ofl_sam2.memory.pool import MAIN, PooledCase
 from ofl_sam2.progress import CancelToken, Progress, Watch
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.training.bank import EpisodeBank
 from ofl_sam2.training.copies import FreshCopies
 from ofl_sam2.training.episodes import unroll
-from ofl_sam2.training.held_out import ENOUGH_CASES, HeldOut
+from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.losses import segmentation_loss
 from ofl_sam2.training.processes import rank, synchronise, wait, world_size
-from ofl_sam2.training.refining import fit_refinement
 from ofl_sam2.training.schedule import learning_rate
 from ofl_sam2.training.synthetic import Dice
 
 _ENDLESS = 10**6
 _SLICES_PER_MINUTE = 80
 _MOST_ASIDE = 0.5
-_REFINING, _REFINING_UNFITTED = 0.8, 0.4
+_UNET, _UNET_UNFITTED = 0.6, 0.4
 _AVERAGED = 0.98
 _WARM_UP, _LEAST_RATE = 20, 0.05
 
@@ -89,8 +90,8 @@ class TrainingResult:
 
     Attributes:
         reports: of all epochs, those before a resume included.
-        dice_before, dice_after: on held-out labelled slices, in [0, 1], of the old state and of the best that was
-            fitted; None where there are too few labels to hold any out.
+        dice_before, dice_after: on held-out labelled slices, in [0, 1], of the old state and of the fitted one; with
+            the U-Net, if it was kept, as it was before it saw them. None where there are too few to hold any out.
         improved: whether something fitted was kept; without held-out slices it is.
     """
 
@@ -113,10 +114,10 @@ def train(
     """Fit learner and fusion of a segmenter that has learned these cases; SAM2 stays as it is.
 
     What is fitted is the running average of the parameters over the last steps, on augmented copies that never repeat.
-    With four or more cases most of the time is for a refinement of the masks, fitted to what the old parameters draw
-    (the new ones have seen the labels), unless the learner was never fitted before. A part of the labels is held out,
-    and what is best on it is kept: the old state, the fitted parameters, the refinement, or both. Under
-    `torch.distributed` the processes share the episodes of each step.
+    Most of the time is for a 3D U-Net, less if the learner was never fitted before; none where no slices can be held
+    out, or a volume is too large to average probabilities in. A part of the labels is held out; fitted parameters that
+    are not better on it are dropped, and then the U-Net if it does not help what was kept. Under `torch.distributed`
+    the processes share the episodes of each step.
 
     Args:
         segmenter: changed in place when training ends, also when it is cancelled after the first epoch.
@@ -140,66 +141,102 @@ def train(
             f"{world_size()} processes cannot share {settings.episodes} episodes. Give as many episodes as processes."
         )
     started = time.perf_counter()
-    names = [case.volume.name for case in cases]
+    shapes = [(case.volume.name, case.volume.grid) for case in cases]
+    names = [name for name, _ in shapes]
     held_out = HeldOut.choose([c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names])
-    had_learner = segmenter.learner.fitted
-    share = (_REFINING if had_learner else _REFINING_UNFITTED) if len(set(names)) >= ENOUGH_CASES else 0.0
-    refining = share * 60 * settings.minutes
+    judge = _Judge(segmenter, cases, names)
+    share = _unet_share(segmenter, (grid for _, grid in shapes)) if judge.held_out.rows else 0.0
     room = min(settings.max_slices, round(_SLICES_PER_MINUTE * settings.minutes * (1 - share)))
     copies = FreshCopies(segmenter, cases, names, held_out, settings.copies, room, settings.seed)
-    run = _Training(segmenter, copies, settings, 60 * settings.minutes - refining)
+    run = _Training(segmenter, copies, settings, 60 * settings.minutes * (1 - share))
     if checkpoint is not None and checkpoint.is_file():
         run.resume(checkpoint)
     copies.start(run.steps, Watch(encoded, cancel))
     encoding, started = time.perf_counter() - started, time.perf_counter()
-    trial = _Trial(segmenter, held_out)
+    before = held_out.dice(segmenter)
     scoring = 2 * (time.perf_counter() - started)
     run.spent = max(run.spent, min(encoding + scoring, _MOST_ASIDE * run.budget))
+    alone = judge.held_out.dice(segmenter) if share else None
     reports = run.run(checkpoint, report, cancel, attach)
-    old, fitted = copy.deepcopy(segmenter.learner.state_dict()), run.average.module.state_dict()
-    offers: list[tuple[dict[str, Any], Refinement | None]] = [(fitted, None)]
-    if refining:
-
-        def refined(done: float) -> None:
-            if report and reports:
-                report(replace(reports[-1], share=1 - (1 - done) * share, seconds=run.spent + done * refining))
-
-        segmenter.learner.load_state_dict(old if had_learner else fitted)
-        left = max(refining - scoring, _MOST_ASIDE * refining)
-        refinement = fit_refinement(segmenter, held_out, left, settings.seed, refined, cancel)
+    old = copy.deepcopy(segmenter.learner.state_dict())
+    segmenter.learner.load_state_dict(run.average.module.state_dict())
+    after = held_out.dice(segmenter)
+    improved = before is None or after is None or after > before
+    if not improved:
         segmenter.learner.load_state_dict(old)
-        offers += [(old, refinement), (fitted, refinement)] if refinement else []
-    for offer in offers:
-        trial.offer(*offer)
+    result = TrainingResult(reports, before, after, improved)
+    if share and (unet := _fit_unet(segmenter, cases, judge, settings, share, reports, report, cancel)):
+        segmenter.unet = unet
+        result = TrainingResult(reports, alone, judge.dice, True)
     segmenter.solve()
     wait()
     if checkpoint is not None and rank() == 0:
         checkpoint.unlink(missing_ok=True)
-    return TrainingResult(reports, trial.before, trial.after, trial.improved)
+    return result
 
 
-class _Trial:
-    """Keeps in a segmenter what is best on held-out slices."""
+def _unet_share(segmenter: VolumeSegmenter, grids: Iterable[tuple[int, ...]]) -> float:
+    """Share of the time for the U-Net; none if a volume is too large to average probabilities in."""
+    if not all(is_averaged(grid, len(segmenter.structures)) for grid in grids):
+        return 0.0
+    return _UNET if segmenter.learner.fitted else _UNET_UNFITTED
 
-    def __init__(self, segmenter: VolumeSegmenter, held_out: HeldOut) -> None:
-        self.segmenter, self.held_out = segmenter, held_out
-        self.before = self.best = held_out.dice(segmenter)
-        self.after: float | None = None
-        self.improved = False
 
-    def offer(self, state: dict[str, Any], refinement: Refinement | None) -> None:
-        """Take the parameters of a learner and a refinement if they are better than those before, or none can tell."""
-        learner = self.segmenter.learner
-        old, old_refinement = copy.deepcopy(learner.state_dict()), self.segmenter.refinement
-        learner.load_state_dict(state)
-        self.segmenter.refinement = refinement
-        dice = self.held_out.dice(self.segmenter)
-        if dice is None or self.best is None or dice > self.best:
-            self.best, self.improved = dice, True
-        else:
-            learner.load_state_dict(old)
-            self.segmenter.refinement = old_refinement
-        self.after = dice if self.after is None or dice is None else max(dice, self.after)
+class _Judge:
+    """Whether a U-Net helps on held-out slices of the main view, where there are two cases those of whole ones.
+
+    Attributes:
+        held_out: the slices.
+        dice: on them, with the last U-Net asked about.
+    """
+
+    def __init__(self, segmenter: VolumeSegmenter, cases: Sequence[LabelledCase], names: Sequence[str]) -> None:
+        self.segmenter, self.cases, self.names = segmenter, cases, names
+        self.held_out = HeldOut.choose([c for c in segmenter.pool.cases.values() if c.name in names], enough=2)
+        self.dice: float | None = None
+
+    def helps(self, unet: VoxelUNet) -> bool:
+        """Whether the average with a U-Net is better than what the segmenter draws without."""
+        apart = [number for number, name in enumerate(self.names) if (MAIN, name) in self.held_out.rows]
+        seconds = self.held_out.drawn_by(unet, self.segmenter, [self.cases[number] for number in apart])
+        without, self.dice = self.held_out.dice(self.segmenter), self.held_out.dice(self.segmenter, seconds)
+        return without is not None and self.dice is not None and self.dice > without
+
+
+def _fit_unet(
+    segmenter: VolumeSegmenter,
+    cases: Sequence[LabelledCase],
+    judge: _Judge,
+    settings: TrainingSettings,
+    share: float,
+    reports: Sequence[EpochReport],
+    report: Callable[[EpochReport], None] | None,
+    cancel: CancelToken | None,
+) -> VoxelUNet | None:
+    """Fit the U-Net in its share of the time; it takes as many steps as the epochs have, if they are limited."""
+    from ofl_sam2.training.voxels import fit_unet  # MONAI takes seconds to import
+
+    seconds = 60 * settings.minutes * share
+
+    def tell(done: float) -> None:
+        if report and reports:
+            report(replace(reports[-1], share=1 - (1 - done) * share, seconds=reports[-1].seconds + done * seconds))
+
+    steps = settings.epochs and settings.epochs * settings.steps_per_epoch
+    values, viewpoint = tuple(segmenter.structures), cast(Viewpoint, segmenter.viewpoint)
+    return fit_unet(
+        viewpoint,
+        cases,
+        values,
+        judge.held_out,
+        judge.helps,
+        seconds,
+        steps,
+        settings.seed,
+        segmenter.device,
+        tell,
+        cancel,
+    )
 
 
 class _Training:

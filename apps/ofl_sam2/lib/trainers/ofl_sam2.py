@@ -102,7 +102,7 @@ class OFLSAM2Trainer(TrainTask):
                 raise InputError("Every label was taken back while the training ran; its result is not published.")
             segmenter = load_model(newest.folder, options.device, self._workspace.cache, trained.backbone)
             segmenter.learner.load_state_dict(trained.learner.state_dict())
-            segmenter.refinement = trained.refinement
+            segmenter.unet = trained.unet
             segmenter.solve()
             learned = {**newest.notes.get("learned", {}), **before.notes.get("learned", {})}
             trained_on = {name: learned.get(name, "") for name in names}

@@ -1,0 +1,128 @@
+"""A small 3D U-Net that knows nothing but the user's labels: what it draws is averaged with what SAM2 draws."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ofl_sam2.intensity import intensity_for
+from ofl_sam2.learner.plan import Plan, ordered_spacing
+from ofl_sam2.volume import Volume, canonical_view
+
+PATCH_VOXELS, MOST_VOXELS = 160_000, 2 << 20
+_FILTERS, _MOST_FILTERS = 16, 320
+_LEAST_LEVELS = 3
+_OVERLAP = 0.5
+
+
+class VoxelUNet(nn.Module):
+    """nnU-Net's architecture (MONAI's DynUNet) in a size that learns within minutes on a CPU.
+
+    Args:
+        plan: its grid.
+        values: label values of the structures.
+        colour: it sees three channels instead of one.
+    """
+
+    def __init__(self, plan: Plan, values: Sequence[int], colour: bool = False) -> None:
+        from monai.networks.nets import DynUNet  # takes seconds to import
+
+        super().__init__()
+        self.plan, self.values, self.colour = plan, tuple(values), colour
+        self.patch = plan.patch(PATCH_VOXELS)
+        strides, kernels = plan.pooling(self.patch)
+        missing = max(0, _LEAST_LEVELS - len(strides))
+        strides, kernels = strides + missing * [[1, 1, 1]], kernels + missing * [[3, 3, 3]]
+        filters = [min(_FILTERS * 2**level, _MOST_FILTERS) for level in range(len(strides))]
+        heads = max(1, min(2, len(strides) - 2))
+        self.net = DynUNet(
+            3,
+            3 if colour else 1,
+            1 + len(self.values),
+            kernels,
+            strides,
+            strides[1:],
+            filters=filters,
+            deep_supervision=True,
+            deep_supr_num=heads,
+        )
+        # DynUNet registers its layers a second time, and safetensors refuses shared tensors.
+        object.__setattr__(self.net, "skip_layers", self.net._modules.pop("skip_layers"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(B, 1 + K, x, y, z)` of images `(B, C, x, y, z)`, background first; `(B, heads, ...)` in training."""
+        return self.net(images)
+
+    @torch.no_grad()
+    def probabilities(self, volume: Volume, values: Sequence[int], check: Callable[[], None]) -> Tensor:
+        """Probabilities of structures in the grid of a volume, `(K, *grid)`, float16; NaN of those it does not know.
+
+        Args:
+            volume: of any grid.
+            values: label values of the K structures.
+            check: called before each patch; raises to stop.
+        """
+        from monai.inferers import sliding_window_inference
+
+        device = next(self.parameters()).device
+        result = np.full((len(values), *volume.grid), np.nan, np.float16)
+
+        def logits(patches: Tensor) -> Tensor:
+            check()
+            return self(patches)
+
+        for time, image in enumerate(self.images(volume)):
+            drawn = sliding_window_inference(
+                image[None], self.patch, 1, logits, _OVERLAP, "gaussian", sw_device=device, device="cpu"
+            )
+            for value, found in zip(self.values, drawn[0].softmax(0)[1:], strict=True):
+                if value in values:
+                    target = at_time(in_order(result[values.index(value)], volume), time)
+                    target[...] = resized(found[None], target.shape)[0].numpy()
+        return torch.from_numpy(result)
+
+    def images(self, volume: Volume) -> Iterator[Tensor]:
+        """The volume as the network sees it, on its grid, `(C, x, y, z)` with mean 0 and variance 1; one a time."""
+        window, voxels = intensity_for(volume), in_order(volume.voxels, volume)
+        shape = self.shape_of(volume)
+        for time in range(times(volume)):
+            grey = window.apply(voxels if volume.colour else at_time(voxels, time))
+            image = torch.from_numpy(np.moveaxis(grey, -1, 0) if volume.colour else grey[None])
+            if volume.colour != self.colour:
+                image = image.mean(0, keepdim=True).expand(3 if self.colour else 1, -1, -1, -1)
+            image = resized(image, shape)
+            yield (image - image.mean()) / image.std().clamp(min=1e-6)
+
+    def shape_of(self, volume: Volume) -> tuple[int, ...]:
+        """Size of a volume on the network's grid; frames stay as many as they are."""
+        grid = np.array(in_order(volume.voxels, volume).shape[:3])
+        sizes = grid * ordered_spacing(volume) / np.array(self.plan.spacing)
+        width, height, depth = (max(1, round(size)) for size in sizes.tolist())
+        return width, height, volume.grid[2] if volume.frames else depth
+
+
+def in_order(array: NDArray[Any], volume: Volume) -> NDArray[Any]:
+    """View of an array in a volume's grid, the axes as a `Plan` has them."""
+    return array if volume.frames else canonical_view(array, volume.affine)
+
+
+def times(volume: Volume) -> int:
+    """How many volumes follow each other in time; frames are one volume."""
+    return 1 if volume.frames else math.prod(volume.grid[3:])
+
+
+def at_time(array: NDArray[Any], time: int) -> NDArray[Any]:
+    """View of one volume of a sequence."""
+    return array[..., time] if array.ndim == 4 else array
+
+
+def resized(maps: Tensor, shape: Sequence[int]) -> Tensor:
+    """Maps `(C, x, y, z)` on a grid of another size, linearly interpolated."""
+    if maps.shape[1:] == tuple(shape):
+        return maps
+    return functional.interpolate(maps[None], tuple(shape), mode="trilinear", align_corners=False)[0]

@@ -1,0 +1,232 @@
+"""Fit the 3D U-Net to labelled volumes from scratch, by nnU-Net's recipe (Isensee et al., 2021)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import (
+    ClassesToIndices,
+    Compose,
+    Rand3DElasticd,
+    RandAdjustContrastd,
+    RandAffined,
+    RandCropByLabelClassesd,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
+    RandScaleIntensityd,
+    RandSimulateLowResolutiond,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ofl_sam2.dataset import LabelledCase
+from ofl_sam2.learner.plan import Plan
+from ofl_sam2.learner.unet import MOST_VOXELS, VoxelUNet, at_time, in_order, times
+from ofl_sam2.looks import Viewpoint
+from ofl_sam2.memory.pool import MAIN, evenly
+from ofl_sam2.progress import CancelToken
+from ofl_sam2.training.held_out import HeldOut
+from ofl_sam2.training.schedule import learning_rate
+
+MOST_VOLUMES, TRIED = 64, 0.4
+_BATCH = 2
+_RATE, _DECAY, _WARM_UP, _CLIP = 2e-3, 1e-4, 10, 12.0
+_CHOICES = 10_000
+_KEYS = ("image", "label")
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A volume on the network's grid.
+
+    Attributes:
+        parts: `image` `(C, x, y, z)`; `label` `(1, x, y, z)`: 0, the number of a structure from 1, or one more than all
+            of these where nothing is known; `indices` of the voxels of each.
+        taught: `(K,)`, whether a structure is labelled in this case.
+    """
+
+    parts: dict[str, Any]
+    taught: Tensor
+
+
+def fit_unet(
+    viewpoint: Viewpoint,
+    cases: Sequence[LabelledCase],
+    structures: Sequence[int],
+    held_out: HeldOut,
+    accept: Callable[[VoxelUNet], bool],
+    seconds: float,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    report: Callable[[float], None] | None = None,
+    cancel: CancelToken | None = None,
+) -> VoxelUNet | None:
+    """Train a U-Net on labelled voxels, at first without those that are held out.
+
+    Args:
+        viewpoint: numbers the slices that are labelled or held out.
+        cases: labelled volumes; at most `MOST_VOLUMES`, evenly chosen, are trained on, times of a sequence included.
+        structures: label values.
+        held_out: slices that are not trained on before `accept`.
+        accept: asked once, after `TRIED` of the training, whether to go on; then all labels are trained on.
+        seconds: bound on the wall time; one step is always done.
+        steps: if given, how many, within that time; the learning rate then follows them and not the time.
+        seed: of the parameters and the draws.
+        device: to train on.
+        report: called with the share that is done, in (0, 1].
+        cancel: to stop.
+
+    Returns:
+        None if every label is held out, it was not accepted, or it was cancelled.
+    """
+    started = perf_counter()
+    chosen = evenly(range(len(cases)), min(MOST_VOLUMES, len(cases)))
+    plan = Plan.of(cases[number].volume for number in chosen).coarsened(MOST_VOXELS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = VoxelUNet(plan, structures, colour=cases[chosen[0]].volume.colour).to(device).train()
+        most = max(1, MOST_VOLUMES // len(chosen))
+        samples: dict[int, list[_Sample]] = {}
+        apart: list[int] = []
+        for number in chosen:
+            case = cases[number]
+            samples[number] = _samples(unet, viewpoint, case, held_out, most)
+            apart += [number] if (MAIN, case.volume.name) in held_out.rows else []
+        if not any(samples.values()):
+            return None
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=_RATE, weight_decay=_DECAY)
+        augment = _augmentation(unet).set_random_state(seed)
+        step, done, accepted = 0, 0.0, False
+        while not step or done < 1:
+            if cancel and cancel.cancelled:
+                return None
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(_RATE, step, done, _WARM_UP)
+            optimizer.zero_grad()
+            _loss(unet, *(part.to(device) for part in _batch([*chain(*samples.values())], augment))).backward()
+            nn.utils.clip_grad_norm_(unet.parameters(), _CLIP)
+            optimizer.step()
+            step += 1
+            spent = min(1.0, (perf_counter() - started) / seconds)
+            done = step / steps if steps and spent < 1 else spent
+            if report:
+                report(done)
+            if done >= TRIED and not accepted:
+                accepted = accept(unet.eval())
+                if not accepted:
+                    return None
+                unet.train()
+                samples |= {n: _samples(unet, viewpoint, cases[n], HeldOut({}), most) for n in apart}
+    return unet.eval()
+
+
+def _samples(unet: VoxelUNet, viewpoint: Viewpoint, case: LabelledCase, held_out: HeldOut, most: int) -> list[_Sample]:
+    """Up to `most` volumes of a case of which anything is known that is not held out."""
+    classes = _classes(case, unet.values, _known(viewpoint, case, held_out))
+    unknown = len(unet.values) + 1
+    told = [time for time in range(times(case.volume)) if (at_time(classes, time) != unknown).any()]
+    chosen = set(evenly(told, min(most, len(told))))
+    taught = torch.tensor([float(value in case.values) for value in unet.values])
+    samples = []
+    for time, image in enumerate(unet.images(case.volume)):
+        if time in chosen:
+            label = torch.from_numpy(at_time(classes, time)[None].astype(np.float32))
+            label = functional.interpolate(label[None], image.shape[1:], mode="nearest-exact")[0]
+            image, label = _padded(image, unet.patch, 0.0), _padded(label, unet.patch, unknown)
+            indices = ClassesToIndices(unknown, max_samples_per_class=_CHOICES)(label)
+            samples.append(_Sample({"image": image, "label": label, "indices": indices}, taught))
+    return samples
+
+
+def _known(viewpoint: Viewpoint, case: LabelledCase, held_out: HeldOut) -> np.ndarray:
+    """Voxels of the labelled slices that are not held out."""
+    stack = viewpoint.stack(case.volume)
+    labelled = tuple(range(len(stack))) if case.labelled_slices is None else case.labelled_slices
+    apart = {labelled[row] for row in held_out.rows.get((MAIN, case.volume.name), ())}
+    known = np.zeros(case.volume.grid, bool)
+    for index in set(labelled) - apart:
+        stack.slice_of(known, index)[...] = True
+    return known
+
+
+def _classes(case: LabelledCase, values: Sequence[int], known: np.ndarray) -> np.ndarray:
+    """The number of the structure in each voxel from 1, one more than all of them where nothing is known."""
+    classes = np.zeros(case.volume.grid, np.uint8)
+    for number, value in enumerate(values, start=1):
+        classes[case.labels == value] = number
+    classes[~known] = len(values) + 1
+    return in_order(classes, case.volume)
+
+
+def _padded(maps: Tensor, patch: Sequence[int], value: float) -> Tensor:
+    """At least as large as a patch."""
+    missing = [max(0, side - size) for size, side in zip(maps.shape[1:], patch, strict=True)]
+    ends = [end for gap in reversed(missing) for end in (gap // 2, gap - gap // 2)]
+    return functional.pad(maps, ends, value=value)
+
+
+def _augmentation(unet: VoxelUNet) -> Compose:
+    """Patches around structures and elsewhere, deformed and recoloured; thick slices turn in plane and do not bend.
+
+    There is no mirroring: structures may have left and right twins.
+    """
+    count, thick = len(unet.values), unet.plan.thick_axis
+    crop = RandCropByLabelClassesd(
+        _KEYS, "label", unet.patch, [count] + count * [1], count + 1, indices_key="indices", warn=False
+    )
+    turn = [0.3 if thick in (None, axis) else 0.0 for axis in range(3)]
+    scale = [0.15 if axis != thick else 0.0 for axis in range(3)]
+    spatial = {"mode": ("bilinear", "nearest"), "padding_mode": "border"}
+    bend = Rand3DElasticd(_KEYS, sigma_range=(5, 8), magnitude_range=(40, 120), prob=0.2, **spatial)
+    return Compose(
+        [
+            crop,
+            RandAffined(_KEYS, prob=0.5, rotate_range=turn, scale_range=scale, **spatial),
+            *([bend] if thick is None else []),
+            RandGaussianNoised("image", prob=0.1, std=0.1),
+            RandGaussianSmoothd("image", (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), prob=0.2),
+            RandScaleIntensityd("image", factors=0.25, prob=0.15),
+            RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
+            RandSimulateLowResolutiond("image", prob=0.25),
+        ]
+    )
+
+
+def _batch(samples: Sequence[_Sample], augment: Compose) -> tuple[Tensor, Tensor, Tensor]:
+    """Images `(B, C, x, y, z)`, labels `(B, 1, x, y, z)` and `taught (B, K)` of patches from random volumes."""
+    images, labels, taught = [], [], []
+    for row in torch.randint(len(samples), (_BATCH,)).tolist():
+        (patch,) = augment(samples[row].parts)
+        images.append(patch["image"].as_tensor())
+        labels.append(patch["label"].as_tensor())
+        taught.append(samples[row].taught)
+    return torch.stack(images), torch.stack(labels), torch.stack(taught)
+
+
+def _loss(unet: VoxelUNet, images: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
+    """Cross-entropy and Dice where labels are known, with deep supervision: each head counts half as much.
+
+    Background may be any structure that is not labelled in its case (marginal loss, Shi et al., 2021).
+    """
+    count = len(unet.values)
+    known = (labels <= count).float()
+    target = torch.cat([labels == number for number in range(1, count + 1)], 1).float()
+    hidden = functional.pad(1 - taught, (1, 0), value=1.0)[:, :, None, None, None].log()
+    heads = unet(images).unbind(1)
+    weights = [0.5**level for level in range(len(heads))]
+    losses = []
+    for logits in heads:
+        likely = logits.log_softmax(1)
+        background = (likely + hidden).logsumexp(1, keepdim=True)
+        entropy = -torch.where(labels == 0, background, (likely[:, 1:] * target).sum(1, keepdim=True)) * known
+        told = known * taught[:, :, None, None, None]
+        probability, voxels = likely[:, 1:].exp(), (0, 2, 3, 4)
+        overlap, total = (told * probability * target).sum(voxels), (told * (probability + target)).sum(voxels)
+        dice = (2 * overlap + 1e-5) / (total + 1e-5)
+        losses.append(entropy.sum() / known.sum().clamp(min=1) + (1 - dice).mean())
+    return sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)

@@ -1,0 +1,117 @@
+"""The U-Net's geometry: what it draws lies where it saw it, in every grid."""
+
+from itertools import permutations, product
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ofl_sam2.errors import Cancelled
+from ofl_sam2.learner.plan import Plan
+from ofl_sam2.learner.unet import VoxelUNet
+from ofl_sam2.progress import CancelToken
+from ofl_sam2.volume import Volume, canonical_view
+
+PLAN = Plan((1.0, 1.0, 2.0), (16, 20, 12))
+
+
+class Bright(nn.Module):
+    """Instead of a network: structure 1 is brighter than the mean, structure 2 darker."""
+
+    def __init__(self):
+        super().__init__()
+        self.steepness = nn.Parameter(torch.tensor(20.0))
+
+    def forward(self, images):
+        grey = self.steepness * images.mean(1, keepdim=True)
+        return torch.cat([torch.full_like(grey, -40), grey, -grey], 1)
+
+
+@pytest.fixture
+def unet():
+    built = VoxelUNet(PLAN, (1, 2)).eval()
+    built.net = Bright()
+    return built
+
+
+def halves(grid):
+    """A part of a grid that no flip or exchange of axes leaves where it is."""
+    bright = np.zeros(grid, bool)
+    bright[: grid[0] // 2, grid[1] // 4 :] = True
+    return bright
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+@pytest.mark.parametrize("signs", list(product((1, -1), repeat=3))[::3])
+def test_probabilities_are_in_the_grid_of_the_volume(unet, order, signs):
+    affine = np.zeros((4, 4))
+    affine[order, range(3)] = np.array(signs) * (1.0, 1.5, 2.0)
+    affine[3, 3] = 1
+    bright = halves((14, 18, 10))
+    volume = Volume(np.where(bright, 100, 0).astype(np.int16), affine, "a")
+    found = unet.probabilities(volume, (2, 1), lambda: None)
+    assert (found.shape, found.dtype) == ((2, 14, 18, 10), torch.float16)
+    assert ((found[1].numpy() > 0.5) == bright).mean() > 0.93
+    assert ((found[0].numpy() > 0.5) == ~bright).mean() > 0.93
+
+
+def test_every_time_of_a_sequence_is_drawn_from_itself(unet):
+    bright = np.stack([halves((14, 18, 10)), ~halves((14, 18, 10))], -1)
+    volume = Volume(np.where(bright, 100.0, 0), np.diag([1.0, 1.0, 2.0, 1.0]), "a")
+    assert np.array_equal(unet.probabilities(volume, (1,), lambda: None)[0].numpy() > 0.5, bright)
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_frames_are_not_turned_and_colour_fits_any_volume(colour):
+    unet = VoxelUNet(PLAN, (1, 2), colour).eval()
+    unet.net = Bright()
+    bright = halves((14, 18, 6))
+    turned = np.array([[0, -1.0, 0, 0], [1, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1]])
+    grey = np.where(bright, 200, 0).astype(np.uint8)
+    for voxels, shown in ((grey, False), (np.stack(3 * [grey], -1), True)):
+        volume = Volume(voxels, turned, "a", frames=True, colour=shown)
+        assert next(unet.images(volume)).shape == (3 if colour else 1, 14, 18, 6)
+        assert np.array_equal(unet.probabilities(volume, (1,), lambda: None)[0].numpy() > 0.5, bright)
+
+
+def test_structures_it_does_not_know_are_nan(unet):
+    found = unet.probabilities(Volume(np.random.rand(8, 8, 8), np.eye(4), "a"), (7, 1), lambda: None)
+    assert found[0].isnan().all()
+    assert not found[1].isnan().any()
+
+
+def test_images_are_on_the_grid_of_the_plan_with_mean_0_and_variance_1(unet):
+    volume = Volume(np.random.default_rng(0).normal(50, 9, (14, 18, 10)), np.diag([2.0, 1, 1, 1]), "a")
+    (image,) = unet.images(volume)
+    assert image.shape == (1, 28, 18, 5)
+    assert image.mean() == pytest.approx(0, abs=1e-3)
+    assert image.std() == pytest.approx(1, abs=1e-3)
+    (flat,) = unet.images(Volume(np.full((8, 8, 8), 3.0), np.eye(4), "a"))
+    assert flat.isfinite().all()
+
+
+def test_it_stops_between_patches(unet):
+    token = CancelToken()
+    token.cancel()
+    with pytest.raises(Cancelled):
+        unet.probabilities(Volume(np.random.rand(8, 8, 8), np.eye(4), "a"), (1,), token.check)
+
+
+@pytest.mark.parametrize("shape", [(24, 20, 6), (5, 6, 1), (40, 40, 40), (96, 96, 9)])
+def test_networks_of_all_sizes_run(shape):
+    unet = VoxelUNet(Plan((1.0, 1.0, 4.0), shape), (1, 2, 3))
+    images = torch.randn(2, 1, *unet.patch)
+    assert unet.train()(images).shape[0] == 2
+    assert unet(images).shape[2:] == (4, *unet.patch)
+    assert unet.eval()(images).shape == (2, 4, *unet.patch)
+
+
+def test_canonical_order_is_that_of_the_plan(unet):
+    affine = np.array([[0.0, 0, -4, 30], [-1, 0, 0, 20], [0, 2, 0, 10], [0, 0, 0, 1]])
+    voxels = np.random.default_rng(0).normal(0, 1, (24, 20, 6))
+    unet.plan = Plan((4.0, 1.0, 2.0), (6, 24, 20))
+    (image,) = unet.images(Volume(voxels, affine, "a"))
+    shown = canonical_view(voxels, affine)
+    assert image[0].shape == shown.shape
+    assert np.corrcoef(image[0].numpy().ravel(), shown.ravel())[0, 1] > 0.98

@@ -1,0 +1,145 @@
+"""Fitting the U-Net: only to what is labelled and not held out."""
+
+import numpy as np
+import pytest
+import torch
+
+from ofl_sam2.backbone.weights import state_hash
+from ofl_sam2.looks import Viewpoint
+from ofl_sam2.memory.pool import MAIN
+from ofl_sam2.progress import CancelToken
+from ofl_sam2.settings import Settings
+from ofl_sam2.training import voxels
+from ofl_sam2.training.held_out import HeldOut
+from ofl_sam2.training.voxels import fit_unet
+
+NOTHING = HeldOut({})
+VIEWPOINT = Viewpoint(2, True, 64, Settings())
+
+
+def fit(cases, held_out=NOTHING, accept=lambda _: True, **options):
+    return fit_unet(VIEWPOINT, cases, (1, 2), held_out, accept, **{"seconds": 300.0, "steps": 2, **options})
+
+
+@pytest.fixture
+def cases(make_case):
+    return make_case("a"), make_case("b", seed=1)
+
+
+def test_it_learns_what_the_labels_show(cases, make_case):
+    unet = fit(cases, steps=40)
+    assert not unet.training
+    unseen = make_case("c", seed=5)
+    found = unet.probabilities(unseen.volume, (1, 2), lambda: None).numpy() > 0.5
+    for value, mask in zip((1, 2), found, strict=True):
+        true = unseen.labels == value
+        assert 2 * (mask & true).sum() / (mask.sum() + true.sum()) > 0.8
+
+
+def test_a_seed_gives_the_same_twice(cases):
+    state = torch.get_rng_state()
+    one, again, other = (fit(cases, seed=seed) for seed in (0, 0, 1))
+    assert state_hash(one) == state_hash(again) != state_hash(other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_time_and_steps_bound_it_and_progress_is_told(cases, monkeypatch):
+    steps, loss = [], voxels._loss
+    monkeypatch.setattr(voxels, "_loss", lambda *args: steps.append(1) or loss(*args))
+    shares = []
+    fit(cases, steps=4, report=shares.append)
+    assert shares == [0.25, 0.5, 0.75, 1]
+    steps.clear()
+    fit(cases, seconds=1e-9, steps=None)
+    assert len(steps) == 1
+
+
+def test_it_can_be_cancelled(cases):
+    token = CancelToken()
+    assert fit(cases, steps=5, report=lambda _: token.cancel(), cancel=token) is None
+
+
+def test_nothing_to_learn_from_gives_none(cases):
+    assert fit(cases, HeldOut({(MAIN, name): tuple(range(6)) for name in "ab"})) is None
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_held_out_labels_are_learned_once_it_was_accepted_without(cases, monkeypatch, accepted):
+    seen, loss = [], voxels._loss
+
+    def watched(unet, images, labels, taught):
+        seen.append(bool((labels == 3).any()))
+        return loss(unet, images, labels, taught)
+
+    monkeypatch.setattr(voxels, "_loss", watched)
+    held_out = HeldOut({(MAIN, name): (0, 2) for name in "ab"})
+    unet = fit(cases, held_out, lambda unet: seen.append("asked") or (not unet.training and accepted), steps=5)
+    assert seen == [True, True, "asked", *([False] * 3 if accepted else [])]
+    assert (unet is not None) == accepted
+
+
+@pytest.mark.parametrize("axes", ["as stored", "turned"])
+def test_held_out_and_unlabelled_slices_are_unknown(make_case, axes):
+    affine = np.diag([1.0, 1.0, 4.0, 1.0]) if axes == "as stored" else np.diag([1.0, -1.0, -4.0, 1.0])
+    case = make_case("a", labelled_slices=(0, 2, 3), affine=affine)
+    known = voxels._known(VIEWPOINT, case, HeldOut({(MAIN, "a"): (1,)}))
+    expected = [0, 3] if axes == "as stored" else [5, 2]
+    assert np.flatnonzero(known.all((0, 1))).tolist() == sorted(expected)
+    assert np.flatnonzero(known.any((0, 1))).tolist() == sorted(expected)
+    classes = voxels._classes(case, (1, 2), known)
+    stored = classes if axes == "as stored" else classes[:, ::-1, ::-1]
+    assert (stored[~known] == 3).all()
+    assert np.array_equal(stored[known], case.labels[known])
+
+
+def test_samples_are_on_the_grid_of_the_network_and_at_least_a_patch(make_case):
+    case = make_case("a", grid=(24, 20, 6, 3), labelled_slices=(4, 8), values=(2,))
+    unet = fit([case], steps=1)
+    one, other = voxels._samples(unet, VIEWPOINT, case, NOTHING, most=5)
+    assert one.taught.tolist() == [0, 1]
+    for sample in (one, other):
+        image, label = sample.parts["image"], sample.parts["label"]
+        assert image.shape == label.shape
+        assert all(size >= side for size, side in zip(image.shape[1:], unet.patch, strict=True))
+        assert set(label.unique().tolist()) <= {0, 2, 3}
+        assert len(sample.parts["indices"]) == 3
+    assert len(voxels._samples(unet, VIEWPOINT, case, NOTHING, most=1)) == 1
+
+
+def test_background_may_be_a_structure_that_is_not_labelled_in_its_case(cases):
+    unet = fit(cases, steps=1).train()
+    images = torch.randn(1, 1, *unet.patch)
+    labels, taught = torch.zeros(1, 1, *unet.patch), torch.tensor([[1.0, 0.0]])
+
+    class Sure(torch.nn.Module):
+        def __init__(self, channel):
+            super().__init__()
+            self.channel = channel
+
+        def forward(self, images):
+            logits = torch.zeros(1, 1, 3, *unet.patch)
+            logits[:, :, self.channel] = 30
+            return logits
+
+    losses = []
+    for channel in range(3):
+        unet.net = Sure(channel)
+        losses.append(voxels._loss(unet, images, labels, taught).item())
+    assert losses[0] == pytest.approx(0, abs=0.01) == losses[2]
+    assert losses[1] > 10
+    unet.net = Sure(1)
+    assert voxels._loss(unet, images, torch.full_like(labels, 3), taught).item() == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("count", [3, 200])
+def test_the_number_of_volumes_is_bounded(make_case, monkeypatch, count):
+    monkeypatch.setattr(voxels, "MOST_VOLUMES", 2)
+    read = []
+
+    class Cases(list):
+        def __getitem__(self, number):
+            read.append(number)
+            return super().__getitem__(number)
+
+    assert fit(Cases([make_case("a")] * count), steps=1) is not None
+    assert len(set(read)) == 2
