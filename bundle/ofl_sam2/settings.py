@@ -83,7 +83,7 @@ class Settings:
     first_steps: int = 5
     update_steps: int = 3
     pool_slices: int = 32
-    unet: float = 0.5
+    unet: float = 0.4
     overlap: bool = False
     side_views: bool = True
     close_ups: bool = True

@@ -49,13 +49,11 @@ def better_every_time(monkeypatch):
 def no_unet(monkeypatch):
     """Leave all of the time to learner and fusion."""
     monkeypatch.setattr(trainer, "_UNET", 0.0)
-    monkeypatch.setattr(trainer, "_UNET_UNFITTED", 0.0)
 
 
 @pytest.fixture
 def with_unet(monkeypatch, no_unet):
-    monkeypatch.setattr(trainer, "_UNET", 0.6)
-    monkeypatch.setattr(trainer, "_UNET_UNFITTED", 0.4)
+    monkeypatch.setattr(trainer, "_UNET", 0.4)
 
 
 @pytest.fixture
@@ -264,10 +262,8 @@ def test_a_unet_is_fitted_afterwards_and_kept_if_it_helps_what_was_kept(build, c
         asked.append(seconds)
         return next(slices if View(0) in {view for view, _ in held_out.rows} else apart)
 
-    def choose(pooled, enough=4):
-        return HeldOut({(MAIN, "a"): (2,)} | ({(View(0), "a"): (2,)} if enough == 4 else {}))
-
-    monkeypatch.setattr(HeldOut, "choose", choose)
+    monkeypatch.setattr(HeldOut, "choose", lambda _: HeldOut({(MAIN, "a"): (2,), (View(0), "a"): (2,)}))
+    monkeypatch.setattr(HeldOut, "whole", lambda _: HeldOut({(MAIN, "a"): (2,)}))
     monkeypatch.setattr(HeldOut, "dice", dice)
     result = train(segmenter, cases, SHORT, report=lambda entry: shares.append(entry.share))
     assert (segmenter.unet is not None, result.improved) == (helps, helps or better)
@@ -282,16 +278,24 @@ def test_a_unet_is_fitted_afterwards_and_kept_if_it_helps_what_was_kept(build, c
 
 
 @pytest.mark.usefixtures("with_unet")
-@pytest.mark.parametrize("reason", ["nothing is held out", "too large to average"])
-def test_without_a_way_to_tell_or_to_use_it_no_unet_is_fitted(build, cases, monkeypatch, reason):
+@pytest.mark.parametrize("reason", ["a lone case", "too large to average"])
+def test_without_a_way_to_tell_or_to_use_it_no_unet_is_fitted(build, cases, make_segmenter, monkeypatch, reason):
     monkeypatch.setattr("ofl_sam2.training.voxels.fit_unet", lambda *_: pytest.fail("a U-Net was fitted"))
-    if reason == "nothing is held out":
-        monkeypatch.setattr(HeldOut, "choose", lambda *_, **__: HeldOut({}))
+    segmenter, given = build(), cases
+    if reason == "a lone case":
+        segmenter, given = make_segmenter(cases[:1], pool_slices=3), cases[:1]
     else:
         monkeypatch.setattr("ofl_sam2.drawing.MAX_AVERAGED", 2 * 24 * 20 * 6 - 1)
-    segmenter = build()
-    train(segmenter, cases, SHORT)
+    train(segmenter, given, SHORT)
     assert segmenter.unet is None
+
+
+@pytest.mark.usefixtures("with_unet")
+def test_the_unet_gets_more_of_the_time_with_four_cases(make_segmenter, make_case):
+    cases = tuple(make_case(name, seed=seed) for seed, name in enumerate("abcd"))
+    segmenter, shares = make_segmenter(cases, pool_slices=3), []
+    train(segmenter, cases, replace(SHORT, epochs=1), report=lambda entry: shares.append(entry.share))
+    assert shares[0] == pytest.approx(0.4)
 
 
 @pytest.mark.usefixtures("with_unet")

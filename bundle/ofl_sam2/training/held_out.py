@@ -32,13 +32,19 @@ class HeldOut:
     rows: Mapping[tuple[View, str], tuple[int, ...]]
 
     @classmethod
-    def choose(cls, cases: Sequence[PooledCase], enough: int = ENOUGH_CASES) -> "HeldOut":
-        """Choose among all views of the cases to train on; whole ones of `enough` or more."""
-        names = sorted({case.name for case in cases})
-        if len(names) >= enough:
-            apart = set(names[::_CASES_PER_HELD_OUT][: max(1, len(names) // ENOUGH_CASES)])
-            return cls({(c.view, c.key): tuple(range(len(c))) for c in cases if c.name in apart})
+    def choose(cls, cases: Sequence[PooledCase]) -> "HeldOut":
+        """Choose among all views of the cases to train on."""
+        if len({case.name for case in cases}) >= ENOUGH_CASES:
+            return cls.whole(cases)
         return cls({(c.view, c.key): rows for c in cases if (rows := _every_fifth(c))})
+
+    @classmethod
+    def whole(cls, cases: Sequence[PooledCase]) -> "HeldOut":
+        """Choose whole cases, at least one of two or more."""
+        names = sorted({case.name for case in cases})
+        count = max(1, len(names) // ENOUGH_CASES) if len(names) > 1 else 0
+        apart = set(names[::_CASES_PER_HELD_OUT][:count])
+        return cls({(c.view, c.key): tuple(range(len(c))) for c in cases if c.name in apart})
 
     def without(self, case: PooledCase) -> PooledCase | None:
         """What is left of a pooled case; None if that is nothing."""

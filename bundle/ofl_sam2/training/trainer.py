@@ -6,7 +6,7 @@ A 3D U-Net is fitted to the same labels afterwards, see `training.voxels`.
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,7 @@ from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.training.bank import EpisodeBank
 from ofl_sam2.training.copies import FreshCopies
 from ofl_sam2.training.episodes import unroll
-from ofl_sam2.training.held_out import HeldOut
+from ofl_sam2.training.held_out import ENOUGH_CASES, HeldOut
 from ofl_sam2.training.losses import segmentation_loss
 from ofl_sam2.training.processes import rank, synchronise, wait, world_size
 from ofl_sam2.training.schedule import learning_rate
@@ -37,7 +37,7 @@ from ofl_sam2.training.synthetic import Dice
 _ENDLESS = 10**6
 _SLICES_PER_MINUTE = 80
 _MOST_ASIDE = 0.5
-_UNET, _UNET_UNFITTED = 0.6, 0.4
+_UNET, _MANY_UNET = 0.4, 0.6
 _AVERAGED = 0.98
 _WARM_UP, _LEAST_RATE = 20, 0.05
 
@@ -114,8 +114,8 @@ def train(
     """Fit learner and fusion of a segmenter that has learned these cases; SAM2 stays as it is.
 
     What is fitted is the running average of the parameters over the last steps, on augmented copies that never repeat.
-    Most of the time is for a 3D U-Net, less if the learner was never fitted before; none where no slices can be held
-    out, or a volume is too large to average probabilities in. A part of the labels is held out; fitted parameters that
+    A part of the time is for a 3D U-Net, unless there is one case or a volume is too large to average probabilities
+    in. A part of the labels is held out; fitted parameters that
     are not better on it are dropped, and then the U-Net if it does not help what was kept. Under `torch.distributed`
     the processes share the episodes of each step.
 
@@ -145,7 +145,7 @@ def train(
     names = [name for name, _ in shapes]
     held_out = HeldOut.choose([c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names])
     judge = _Judge(segmenter, cases, names)
-    share = _unet_share(segmenter, (grid for _, grid in shapes)) if judge.held_out.rows else 0.0
+    share = _unet_share(segmenter, [grid for _, grid in shapes]) if judge.held_out.rows else 0.0
     room = min(settings.max_slices, round(_SLICES_PER_MINUTE * settings.minutes * (1 - share)))
     copies = FreshCopies(segmenter, cases, names, held_out, settings.copies, room, settings.seed)
     run = _Training(segmenter, copies, settings, 60 * settings.minutes * (1 - share))
@@ -175,15 +175,18 @@ def train(
     return result
 
 
-def _unet_share(segmenter: VolumeSegmenter, grids: Iterable[tuple[int, ...]]) -> float:
-    """Share of the time for the U-Net; none if a volume is too large to average probabilities in."""
+def _unet_share(segmenter: VolumeSegmenter, grids: Sequence[tuple[int, ...]]) -> float:
+    """Share of the time for the U-Net; none if a volume is too large to average probabilities in.
+
+    It is smaller where the learner needs the time: with few cases, or if it was never fitted.
+    """
     if not all(is_averaged(grid, len(segmenter.structures)) for grid in grids):
         return 0.0
-    return _UNET if segmenter.learner.fitted else _UNET_UNFITTED
+    return _MANY_UNET if segmenter.learner.fitted and len(grids) >= ENOUGH_CASES else _UNET
 
 
 class _Judge:
-    """Whether a U-Net helps on held-out slices of the main view, where there are two cases those of whole ones.
+    """Whether a U-Net helps in the main view of cases that it has not seen; with a lone case nothing can tell.
 
     Attributes:
         held_out: the slices.
@@ -192,7 +195,7 @@ class _Judge:
 
     def __init__(self, segmenter: VolumeSegmenter, cases: Sequence[LabelledCase], names: Sequence[str]) -> None:
         self.segmenter, self.cases, self.names = segmenter, cases, names
-        self.held_out = HeldOut.choose([c for c in segmenter.pool.cases.values() if c.name in names], enough=2)
+        self.held_out = HeldOut.whole([c for c in segmenter.pool.cases.values() if c.name in names])
         self.dice: float | None = None
 
     def helps(self, unet: VoxelUNet) -> bool:
