@@ -1,4 +1,4 @@
-"""Fitting the U-Net: only to what is labelled and not held out."""
+"""Fitting the U-Net: only to what is labelled and not kept apart."""
 
 import numpy as np
 import pytest
@@ -6,19 +6,16 @@ import torch
 
 from ofl_sam2.backbone.weights import state_hash
 from ofl_sam2.looks import Viewpoint
-from ofl_sam2.memory.pool import MAIN
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.settings import Settings
 from ofl_sam2.training import voxels
-from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.voxels import fit_unet
 
-NOTHING = HeldOut({})
 VIEWPOINT = Viewpoint(2, True, 64, Settings())
 
 
-def fit(cases, held_out=NOTHING, accept=lambda _: True, **options):
-    return fit_unet(VIEWPOINT, cases, (1, 2), held_out, accept, **{"seconds": 300.0, "steps": 2, **options})
+def fit(cases, apart=(), accept=lambda _: True, **options):
+    return fit_unet(VIEWPOINT, cases, (1, 2), apart, accept, **{"seconds": 300.0, "steps": 2, **options})
 
 
 @pytest.fixture
@@ -59,43 +56,40 @@ def test_it_can_be_cancelled(cases):
     assert fit(cases, steps=5, report=lambda _: token.cancel(), cancel=token) is None
 
 
-def test_nothing_to_learn_from_gives_none(cases):
-    assert fit(cases, HeldOut({(MAIN, name): tuple(range(6)) for name in "ab"})) is None
-
-
 @pytest.mark.parametrize("accepted", [True, False])
-def test_held_out_labels_are_learned_once_it_was_accepted_without(cases, monkeypatch, accepted):
-    seen, loss = [], voxels._loss
+def test_cases_that_are_kept_apart_are_learned_once_it_was_accepted(cases, monkeypatch, accepted):
+    seen, batch = [], voxels._batch
+    monkeypatch.setattr(voxels, "_batch", lambda samples, augment: seen.append(len(samples)) or batch(samples, augment))
 
-    def watched(unet, images, labels, taught):
-        seen.append(bool((labels == 3).any()))
-        return loss(unet, images, labels, taught)
+    def accept(unet):
+        seen.append("asked")
+        return accepted and not unet.training
 
-    monkeypatch.setattr(voxels, "_loss", watched)
-    held_out = HeldOut({(MAIN, name): (0, 2) for name in "ab"})
-    unet = fit(cases, held_out, lambda unet: seen.append("asked") or (not unet.training and accepted), steps=5)
-    assert seen == [True, True, "asked", *([False] * 3 if accepted else [])]
+    unet = fit(cases, [1], accept, steps=5)
+    assert seen == [1, 1, "asked", *([2] * 3 if accepted else [])]
     assert (unet is not None) == accepted
 
 
 @pytest.mark.parametrize("axes", ["as stored", "turned"])
-def test_held_out_and_unlabelled_slices_are_unknown(make_case, axes):
+def test_unlabelled_slices_are_unknown(make_case, axes):
     affine = np.diag([1.0, 1.0, 4.0, 1.0]) if axes == "as stored" else np.diag([1.0, -1.0, -4.0, 1.0])
-    case = make_case("a", labelled_slices=(0, 2, 3), affine=affine)
-    known = voxels._known(VIEWPOINT, case, HeldOut({(MAIN, "a"): (1,)}))
-    expected = [0, 3] if axes == "as stored" else [5, 2]
-    assert np.flatnonzero(known.all((0, 1))).tolist() == sorted(expected)
-    assert np.flatnonzero(known.any((0, 1))).tolist() == sorted(expected)
-    classes = voxels._classes(case, (1, 2), known)
+    case = make_case("a", labelled_slices=(0, 3), affine=affine)
+    classes = voxels._classes(VIEWPOINT, case, (1, 2))
     stored = classes if axes == "as stored" else classes[:, ::-1, ::-1]
-    assert (stored[~known] == 3).all()
-    assert np.array_equal(stored[known], case.labels[known])
+    known = [0, 3] if axes == "as stored" else [5, 2]
+    assert np.array_equal(stored[:, :, known], case.labels[:, :, known])
+    assert (np.delete(stored, known, axis=2) == 3).all()
+
+
+def test_as_many_structures_as_a_label_can_hold_have_a_number(make_case):
+    classes = voxels._classes(VIEWPOINT, make_case("a", labelled_slices=(2,)), tuple(range(255, 0, -1)))
+    assert set(np.unique(classes)) == {0, 254, 255, 256}
 
 
 def test_samples_are_on_the_grid_of_the_network_and_at_least_a_patch(make_case):
     case = make_case("a", grid=(24, 20, 6, 3), labelled_slices=(4, 8), values=(2,))
     unet = fit([case], steps=1)
-    one, other = voxels._samples(unet, VIEWPOINT, case, NOTHING, most=5)
+    one, other = voxels._samples(unet, VIEWPOINT, case, most=5)
     assert one.taught.tolist() == [0, 1]
     for sample in (one, other):
         image, label = sample.parts["image"], sample.parts["label"]
@@ -103,7 +97,7 @@ def test_samples_are_on_the_grid_of_the_network_and_at_least_a_patch(make_case):
         assert all(size >= side for size, side in zip(image.shape[1:], unet.patch, strict=True))
         assert set(label.unique().tolist()) <= {0, 2, 3}
         assert len(sample.parts["indices"]) == 3
-    assert len(voxels._samples(unet, VIEWPOINT, case, NOTHING, most=1)) == 1
+    assert len(voxels._samples(unet, VIEWPOINT, case, most=1)) == 1
 
 
 def test_background_may_be_a_structure_that_is_not_labelled_in_its_case(cases):

@@ -114,10 +114,10 @@ def train(
     """Fit learner and fusion of a segmenter that has learned these cases; SAM2 stays as it is.
 
     What is fitted is the running average of the parameters over the last steps, on augmented copies that never repeat.
-    A part of the time is for a 3D U-Net, unless there is one case or a volume is too large to average probabilities
-    in. A part of the labels is held out; fitted parameters that
-    are not better on it are dropped, and then the U-Net if it does not help what was kept. Under `torch.distributed`
-    the processes share the episodes of each step.
+    A part of the time is for a 3D U-Net, unless there is one case or a volume is too large to average probabilities in.
+    A part of the labels is held out; fitted parameters that are not better on it are dropped. So is the U-Net if it
+    does not help what was kept, in a case that it has not seen; once it has helped, it learns from all labels. Under
+    `torch.distributed` the processes share the episodes of each step.
 
     Args:
         segmenter: changed in place when training ends, also when it is cancelled after the first epoch.
@@ -145,7 +145,7 @@ def train(
     names = [name for name, _ in shapes]
     held_out = HeldOut.choose([c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names])
     judge = _Judge(segmenter, cases, names)
-    share = _unet_share(segmenter, [grid for _, grid in shapes]) if judge.held_out.rows else 0.0
+    share = _unet_share(segmenter, [grid for _, grid in shapes]) if judge.apart else 0.0
     room = min(settings.max_slices, round(_SLICES_PER_MINUTE * settings.minutes * (1 - share)))
     copies = FreshCopies(segmenter, cases, names, held_out, settings.copies, room, settings.seed)
     run = _Training(segmenter, copies, settings, 60 * settings.minutes * (1 - share))
@@ -189,19 +189,20 @@ class _Judge:
     """Whether a U-Net helps in the main view of cases that it has not seen; with a lone case nothing can tell.
 
     Attributes:
-        held_out: the slices.
+        held_out: their slices.
+        apart: their numbers.
         dice: on them, with the last U-Net asked about.
     """
 
     def __init__(self, segmenter: VolumeSegmenter, cases: Sequence[LabelledCase], names: Sequence[str]) -> None:
-        self.segmenter, self.cases, self.names = segmenter, cases, names
+        self.segmenter, self.cases = segmenter, cases
         self.held_out = HeldOut.whole([c for c in segmenter.pool.cases.values() if c.name in names])
+        self.apart = [number for number, name in enumerate(names) if (MAIN, name) in self.held_out.rows]
         self.dice: float | None = None
 
     def helps(self, unet: VoxelUNet) -> bool:
         """Whether the average with a U-Net is better than what the segmenter draws without."""
-        apart = [number for number, name in enumerate(self.names) if (MAIN, name) in self.held_out.rows]
-        seconds = self.held_out.drawn_by(unet, self.segmenter, [self.cases[number] for number in apart])
+        seconds = self.held_out.drawn_by(unet, self.segmenter, [self.cases[number] for number in self.apart])
         without, self.dice = self.held_out.dice(self.segmenter), self.held_out.dice(self.segmenter, seconds)
         return without is not None and self.dice is not None and self.dice > without
 
@@ -231,7 +232,7 @@ def _fit_unet(
         viewpoint,
         cases,
         values,
-        judge.held_out,
+        judge.apart,
         judge.helps,
         seconds,
         steps,

@@ -1,8 +1,7 @@
 """Fit the 3D U-Net to labelled volumes from scratch, by nnU-Net's recipe (Isensee et al., 2021)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -27,9 +26,8 @@ from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import MOST_VOXELS, VoxelUNet, at_time, in_order, times
 from ofl_sam2.looks import Viewpoint
-from ofl_sam2.memory.pool import MAIN, evenly
+from ofl_sam2.memory.pool import evenly
 from ofl_sam2.progress import CancelToken
-from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.schedule import learning_rate
 
 MOST_VOLUMES, TRIED = 64, 0.4
@@ -57,7 +55,7 @@ def fit_unet(
     viewpoint: Viewpoint,
     cases: Sequence[LabelledCase],
     structures: Sequence[int],
-    held_out: HeldOut,
+    apart: Collection[int],
     accept: Callable[[VoxelUNet], bool],
     seconds: float,
     steps: int | None = None,
@@ -66,14 +64,14 @@ def fit_unet(
     report: Callable[[float], None] | None = None,
     cancel: CancelToken | None = None,
 ) -> VoxelUNet | None:
-    """Train a U-Net on labelled voxels, at first without those that are held out.
+    """Train a U-Net on labelled voxels, at first without some cases.
 
     Args:
-        viewpoint: numbers the slices that are labelled or held out.
+        viewpoint: numbers the slices that are labelled.
         cases: labelled volumes; at most `MOST_VOLUMES`, evenly chosen, are trained on, times of a sequence included.
         structures: label values.
-        held_out: slices that are not trained on before `accept`.
-        accept: asked once, after `TRIED` of the training, whether to go on; then all labels are trained on.
+        apart: numbers of the cases that are not trained on before `accept`; not of all.
+        accept: asked once, after `TRIED` of the training, whether to go on; then all cases are trained on.
         seconds: bound on the wall time; one step is always done.
         steps: if given, how many, within that time; the learning rate then follows them and not the time.
         seed: of the parameters and the draws.
@@ -82,7 +80,7 @@ def fit_unet(
         cancel: to stop.
 
     Returns:
-        None if every label is held out, it was not accepted, or it was cancelled.
+        None if it was not accepted, or cancelled.
     """
     started = perf_counter()
     chosen = evenly(range(len(cases)), min(MOST_VOLUMES, len(cases)))
@@ -91,14 +89,7 @@ def fit_unet(
         torch.manual_seed(seed)
         unet = VoxelUNet(plan, structures, colour=cases[chosen[0]].volume.colour).to(device).train()
         most = max(1, MOST_VOLUMES // len(chosen))
-        samples: dict[int, list[_Sample]] = {}
-        apart: list[int] = []
-        for number in chosen:
-            case = cases[number]
-            samples[number] = _samples(unet, viewpoint, case, held_out, most)
-            apart += [number] if (MAIN, case.volume.name) in held_out.rows else []
-        if not any(samples.values()):
-            return None
+        samples = [s for n in chosen if n not in apart for s in _samples(unet, viewpoint, cases[n], most)]
         optimizer = torch.optim.AdamW(unet.parameters(), lr=_RATE, weight_decay=_DECAY)
         augment = _augmentation(unet).set_random_state(seed)
         step, done, accepted = 0, 0.0, False
@@ -108,7 +99,7 @@ def fit_unet(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(_RATE, step, done, _WARM_UP)
             optimizer.zero_grad()
-            _loss(unet, *(part.to(device) for part in _batch([*chain(*samples.values())], augment))).backward()
+            _loss(unet, *(part.to(device) for part in _batch(samples, augment))).backward()
             nn.utils.clip_grad_norm_(unet.parameters(), _CLIP)
             optimizer.step()
             step += 1
@@ -121,13 +112,13 @@ def fit_unet(
                 if not accepted:
                     return None
                 unet.train()
-                samples |= {n: _samples(unet, viewpoint, cases[n], HeldOut({}), most) for n in apart}
+                samples += [s for n in chosen if n in apart for s in _samples(unet, viewpoint, cases[n], most)]
     return unet.eval()
 
 
-def _samples(unet: VoxelUNet, viewpoint: Viewpoint, case: LabelledCase, held_out: HeldOut, most: int) -> list[_Sample]:
-    """Up to `most` volumes of a case of which anything is known that is not held out."""
-    classes = _classes(case, unet.values, _known(viewpoint, case, held_out))
+def _samples(unet: VoxelUNet, viewpoint: Viewpoint, case: LabelledCase, most: int) -> list[_Sample]:
+    """Up to `most` volumes of a case in which a slice is labelled."""
+    classes = _classes(viewpoint, case, unet.values)
     unknown = len(unet.values) + 1
     told = [time for time in range(times(case.volume)) if (at_time(classes, time) != unknown).any()]
     chosen = set(evenly(told, min(most, len(told))))
@@ -143,23 +134,15 @@ def _samples(unet: VoxelUNet, viewpoint: Viewpoint, case: LabelledCase, held_out
     return samples
 
 
-def _known(viewpoint: Viewpoint, case: LabelledCase, held_out: HeldOut) -> np.ndarray:
-    """Voxels of the labelled slices that are not held out."""
+def _classes(viewpoint: Viewpoint, case: LabelledCase, values: Sequence[int]) -> np.ndarray:
+    """The number of the structure in each voxel from 1, one more than all of them in slices that are not labelled."""
+    classes = np.full(case.volume.grid, len(values) + 1, np.uint16)
     stack = viewpoint.stack(case.volume)
-    labelled = tuple(range(len(stack))) if case.labelled_slices is None else case.labelled_slices
-    apart = {labelled[row] for row in held_out.rows.get((MAIN, case.volume.name), ())}
-    known = np.zeros(case.volume.grid, bool)
-    for index in set(labelled) - apart:
-        stack.slice_of(known, index)[...] = True
-    return known
-
-
-def _classes(case: LabelledCase, values: Sequence[int], known: np.ndarray) -> np.ndarray:
-    """The number of the structure in each voxel from 1, one more than all of them where nothing is known."""
-    classes = np.zeros(case.volume.grid, np.uint8)
-    for number, value in enumerate(values, start=1):
-        classes[case.labels == value] = number
-    classes[~known] = len(values) + 1
+    for index in range(len(stack)) if case.labelled_slices is None else case.labelled_slices:
+        drawn, told = stack.slice_of(case.labels, index), stack.slice_of(classes, index)
+        told[...] = 0
+        for number, value in enumerate(values, start=1):
+            told[drawn == value] = number
     return in_order(classes, case.volume)
 
 
