@@ -9,7 +9,7 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from monai.losses import DeepSupervisionLoss, DiceCELoss
-from monai.networks.nets import DynUNet, SegResNet
+from monai.networks.nets import SegResNet
 from monai.transforms import (
     ClassesToIndicesd,
     Compose,
@@ -17,14 +17,6 @@ from monai.transforms import (
     GaussianSmoothd,
     NormalizeIntensityd,
     Orientationd,
-    Rand3DElasticd,
-    RandAdjustContrastd,
-    RandAffined,
-    RandCropByLabelClassesd,
-    RandGaussianNoised,
-    RandGaussianSmoothd,
-    RandScaleIntensityd,
-    RandSimulateLowResolutiond,
     RandSpatialCropd,
     ScaleIntensityd,
     SelectItemsd,
@@ -35,6 +27,8 @@ from torch import Tensor, nn
 
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.learner.plan import Plan, rounded_up
+from ofl_sam2.learner.unet import PATCH_VOXELS, dynunet
+from ofl_sam2.training.voxels import augmentation
 from ofl_sam2.volume import Volume
 
 from .peer_data import image_sample, labelled_part, labelled_sample, restored
@@ -56,14 +50,10 @@ class DynUNetPeer:
 
     def __init__(self, plan: Plan, classes: int) -> None:
         self.plan, self.classes = plan, classes
-        self.roi = plan.patch(most_voxels=160_000)
+        self.roi = plan.patch(PATCH_VOXELS)
 
     def network(self) -> nn.Module:
-        strides, kernels = self.plan.pooling(self.roi)
-        filters = [min(16 * 2**level, 320) for level in range(len(strides))]
-        supervised = max(1, min(2, len(strides) - 2))
-        heads = {"deep_supervision": True, "deep_supr_num": supervised}
-        return DynUNet(3, 1, self.classes, kernels, strides, strides[1:], filters=filters, **heads)
+        return dynunet(self.plan, self.roi, 1, self.classes)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-4)
@@ -92,34 +82,7 @@ class DynUNetPeer:
         return Compose(steps)
 
     def augment(self) -> Compose:
-        structures, modes = self.classes - 1, ("bilinear", "nearest")
-        crop = RandCropByLabelClassesd(
-            BOTH,
-            label_key="label",
-            spatial_size=self.roi,
-            ratios=[structures] + structures * [1],
-            num_classes=self.classes,
-            indices_key="label_cls_indices",
-            warn=False,
-        )
-        thick = self.plan.thick_axis
-        turn = [0.3 if thick in (None, axis) else 0.0 for axis in range(3)]
-        scale = [0.15 if axis != thick else 0.0 for axis in range(3)]
-        spatial = {"mode": modes, "padding_mode": "border"}
-        bend = Rand3DElasticd(BOTH, sigma_range=(5, 8), magnitude_range=(40, 120), prob=0.2, **spatial)
-        return Compose(
-            [
-                crop,
-                RandAffined(BOTH, prob=0.5, rotate_range=turn, scale_range=scale, **spatial),
-                *([bend] if thick is None else []),
-                RandGaussianNoised("image", prob=0.1, std=0.1),
-                RandGaussianSmoothd("image", (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), prob=0.2),
-                RandScaleIntensityd("image", factors=0.25, prob=0.15),
-                RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
-                RandSimulateLowResolutiond("image", prob=0.25),
-                SelectItemsd(BOTH),
-            ]
-        )
+        return Compose([*augmentation(self.plan, self.roi, self.classes - 1), SelectItemsd(BOTH)])
 
 
 class SegResNetPeer:

@@ -96,7 +96,7 @@ def test_samples_are_on_the_grid_of_the_network_and_at_least_a_patch(make_case):
         assert image.shape == label.shape
         assert all(size >= side for size, side in zip(image.shape[1:], unet.patch, strict=True))
         assert set(label.unique().tolist()) <= {0, 2, 3}
-        assert len(sample.parts["indices"]) == 3
+        assert len(sample.parts["label_cls_indices"]) == 3
     assert len(voxels._samples(unet, VIEWPOINT, case, most=1)) == 1
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ofl_sam2.intensity import intensity_for
-from ofl_sam2.learner.plan import Plan, ordered_spacing
+from ofl_sam2.learner.plan import Plan, ordered_grid, ordered_spacing
 from ofl_sam2.volume import Volume, canonical_view
 
 PATCH_VOXELS, MOST_VOXELS = 160_000, 2 << 20
@@ -30,27 +30,10 @@ class VoxelUNet(nn.Module):
     """
 
     def __init__(self, plan: Plan, values: Sequence[int], colour: bool = False) -> None:
-        from monai.networks.nets import DynUNet  # takes seconds to import
-
         super().__init__()
         self.plan, self.values, self.colour = plan, tuple(values), colour
         self.patch = plan.patch(PATCH_VOXELS)
-        strides, kernels = plan.pooling(self.patch)
-        missing = max(0, _LEAST_LEVELS - len(strides))
-        strides, kernels = strides + missing * [[1, 1, 1]], kernels + missing * [[3, 3, 3]]
-        filters = [min(_FILTERS * 2**level, _MOST_FILTERS) for level in range(len(strides))]
-        heads = max(1, min(2, len(strides) - 2))
-        self.net = DynUNet(
-            3,
-            3 if colour else 1,
-            1 + len(self.values),
-            kernels,
-            strides,
-            strides[1:],
-            filters=filters,
-            deep_supervision=True,
-            deep_supr_num=heads,
-        )
+        self.net = dynunet(plan, self.patch, 3 if colour else 1, 1 + len(self.values))
         # DynUNet registers its layers a second time, and safetensors refuses shared tensors.
         object.__setattr__(self.net, "skip_layers", self.net._modules.pop("skip_layers"))
 
@@ -100,10 +83,21 @@ class VoxelUNet(nn.Module):
 
     def shape_of(self, volume: Volume) -> tuple[int, ...]:
         """Size of a volume on the network's grid; frames stay as many as they are."""
-        grid = np.array(in_order(volume.voxels, volume).shape[:3])
-        sizes = grid * ordered_spacing(volume) / np.array(self.plan.spacing)
+        sizes = ordered_grid(volume) * ordered_spacing(volume) / np.array(self.plan.spacing)
         width, height, depth = (max(1, round(size)) for size in sizes.tolist())
         return width, height, volume.grid[2] if volume.frames else depth
+
+
+def dynunet(plan: Plan, patch: Sequence[int], channels: int, classes: int) -> nn.Module:
+    """MONAI's DynUNet with deep supervision and 16 filters at full resolution, of at least three levels."""
+    from monai.networks.nets import DynUNet  # takes seconds to import
+
+    strides, kernels = plan.pooling(patch)
+    missing = max(0, _LEAST_LEVELS - len(strides))
+    strides, kernels = strides + missing * [[1, 1, 1]], kernels + missing * [[3, 3, 3]]
+    filters = [min(_FILTERS * 2**level, _MOST_FILTERS) for level in range(len(strides))]
+    heads = {"deep_supervision": True, "deep_supr_num": max(1, min(2, len(strides) - 2))}
+    return DynUNet(3, channels, classes, kernels, strides, strides[1:], filters=filters, **heads)
 
 
 def in_order(array: NDArray[Any], volume: Volume) -> NDArray[Any]:

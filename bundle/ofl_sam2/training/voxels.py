@@ -18,6 +18,7 @@ from monai.transforms import (
     RandGaussianSmoothd,
     RandScaleIntensityd,
     RandSimulateLowResolutiond,
+    Transform,
 )
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,7 +35,7 @@ MOST_VOLUMES, TRIED = 64, 0.4
 _BATCH = 2
 _RATE, _DECAY, _WARM_UP, _CLIP = 2e-3, 1e-4, 10, 12.0
 _CHOICES = 10_000
-_KEYS = ("image", "label")
+_KEYS, _INDICES = ("image", "label"), "label_cls_indices"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class _Sample:
 
     Attributes:
         parts: `image` `(C, x, y, z)`; `label` `(1, x, y, z)`: 0, the number of a structure from 1, or one more than all
-            of these where nothing is known; `indices` of the voxels of each.
+            of these where nothing is known; `label_cls_indices` of the voxels of each.
         taught: `(K,)`, whether a structure is labelled in this case.
     """
 
@@ -91,7 +92,7 @@ def fit_unet(
         most = max(1, MOST_VOLUMES // len(chosen))
         samples = [s for n in chosen if n not in apart for s in _samples(unet, viewpoint, cases[n], most)]
         optimizer = torch.optim.AdamW(unet.parameters(), lr=_RATE, weight_decay=_DECAY)
-        augment = _augmentation(unet).set_random_state(seed)
+        augment = Compose(augmentation(plan, unet.patch, len(unet.values))).set_random_state(seed)
         step, done, accepted = 0, 0.0, False
         while not step or done < 1:
             if cancel and cancel.cancelled:
@@ -130,7 +131,7 @@ def _samples(unet: VoxelUNet, viewpoint: Viewpoint, case: LabelledCase, most: in
             label = functional.interpolate(label[None], image.shape[1:], mode="nearest-exact")[0]
             image, label = _padded(image, unet.patch, 0.0), _padded(label, unet.patch, unknown)
             indices = ClassesToIndices(unknown, max_samples_per_class=_CHOICES)(label)
-            samples.append(_Sample({"image": image, "label": label, "indices": indices}, taught))
+            samples.append(_Sample({"image": image, "label": label, _INDICES: indices}, taught))
     return samples
 
 
@@ -153,31 +154,44 @@ def _padded(maps: Tensor, patch: Sequence[int], value: float) -> Tensor:
     return functional.pad(maps, ends, value=value)
 
 
-def _augmentation(unet: VoxelUNet) -> Compose:
-    """Patches around structures and elsewhere, deformed and recoloured; thick slices turn in plane and do not bend.
+def augmentation(plan: Plan, patch: Sequence[int], structures: int) -> list[Transform]:
+    """nnU-Net's patches around structures and elsewhere, deformed and recoloured.
 
-    There is no mirroring: structures may have left and right twins.
+    Slices three times as thick as pixels turn in plane only and do not bend. There is no mirroring: structures may have
+    left and right twins.
+
+    Args:
+        plan: of the volumes.
+        patch: its size in voxels.
+        structures: how many, K.
+
+    Returns:
+        Transforms of `image`, `label` with 0 to K, and `label_cls_indices` (`ClassesToIndicesd`) into a list of one.
     """
-    count, thick = len(unet.values), unet.plan.thick_axis
     crop = RandCropByLabelClassesd(
-        _KEYS, "label", unet.patch, [count] + count * [1], count + 1, indices_key="indices", warn=False
+        _KEYS,
+        label_key="label",
+        spatial_size=patch,
+        ratios=[structures] + structures * [1],
+        num_classes=structures + 1,
+        indices_key=_INDICES,
+        warn=False,
     )
+    thick = plan.thick_axis
     turn = [0.3 if thick in (None, axis) else 0.0 for axis in range(3)]
     scale = [0.15 if axis != thick else 0.0 for axis in range(3)]
     spatial = {"mode": ("bilinear", "nearest"), "padding_mode": "border"}
     bend = Rand3DElasticd(_KEYS, sigma_range=(5, 8), magnitude_range=(40, 120), prob=0.2, **spatial)
-    return Compose(
-        [
-            crop,
-            RandAffined(_KEYS, prob=0.5, rotate_range=turn, scale_range=scale, **spatial),
-            *([bend] if thick is None else []),
-            RandGaussianNoised("image", prob=0.1, std=0.1),
-            RandGaussianSmoothd("image", (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), prob=0.2),
-            RandScaleIntensityd("image", factors=0.25, prob=0.15),
-            RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
-            RandSimulateLowResolutiond("image", prob=0.25),
-        ]
-    )
+    return [
+        crop,
+        RandAffined(_KEYS, prob=0.5, rotate_range=turn, scale_range=scale, **spatial),
+        *([bend] if thick is None else []),
+        RandGaussianNoised("image", prob=0.1, std=0.1),
+        RandGaussianSmoothd("image", (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), prob=0.2),
+        RandScaleIntensityd("image", factors=0.25, prob=0.15),
+        RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
+        RandSimulateLowResolutiond("image", prob=0.25),
+    ]
 
 
 def _batch(samples: Sequence[_Sample], augment: Compose) -> tuple[Tensor, Tensor, Tensor]:
