@@ -9,7 +9,6 @@ import torch
 from ofl_sam2.canvas import Canvas
 from ofl_sam2.drawing import Drawing, scored
 from ofl_sam2.progress import Watch
-from ofl_sam2.settings import Settings
 from ofl_sam2.volume import Volume
 
 
@@ -68,17 +67,16 @@ def test_what_is_likelier_than_the_threshold_is_drawn(make_drawing):
 
 
 def test_scores_are_positive_from_the_threshold_on_and_where_the_unet_is_surer():
-    half = Settings(threshold=0.3, unet=0.5)
-    assert (scored(torch.tensor([0.29, 0.31]), half) > 0).tolist() == [False, True]
+    assert (scored(torch.tensor([0.29, 0.31]), 0.3) > 0).tolist() == [False, True]
     learner, unet = torch.tensor([0.3, 0.3, 0.05, 0.9]), torch.tensor([0.4, 0.6, 0.99, 0.01])
-    assert (scored(learner, half, unet) > 0).tolist() == [False, True, True, False]
+    assert (scored(learner, 0.3, unet, 0.5) > 0).tolist() == [False, True, True, False]
 
 
 def test_of_structures_the_unet_does_not_know_the_learner_decides():
     probabilities = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
     second = torch.stack([torch.full((50,), torch.nan), torch.ones(50)])
-    both = scored(probabilities, Settings(), second)
-    alone = scored(probabilities, Settings())
+    both = scored(probabilities, 0.35, second, 0.4)
+    alone = scored(probabilities, 0.35)
     assert torch.equal(both[0], alone[0])
     assert (both[1] > alone[1]).all()
 
@@ -88,6 +86,8 @@ def test_volumes_that_are_not_averaged_go_without_the_unet(make_drawing, monkeyp
     drawing, asked = make_drawing(volume), []
 
     class Asked:
+        trust = 0.5
+
         def probabilities(self, *_):
             asked.append(1)
             return torch.zeros(2, 9, 9, 5)
@@ -101,3 +101,4 @@ def test_volumes_that_are_not_averaged_go_without_the_unet(make_drawing, monkeyp
     with torch.no_grad():
         drawing.run()
     assert asked
+    assert drawing.unet_weight == 0.2

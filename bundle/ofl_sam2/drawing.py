@@ -19,7 +19,6 @@ from ofl_sam2.memory.pool import View, describe
 from ofl_sam2.progress import Watch
 from ofl_sam2.propagation import LearnedView, Propagation, SegmentedSlice
 from ofl_sam2.quality import ExpectedDice
-from ofl_sam2.settings import Settings
 from ofl_sam2.volume import SliceStack, Volume
 from ofl_sam2.window import Window
 
@@ -43,6 +42,7 @@ class Drawing:
         self.expected = ExpectedDice(len(self.values))
         self.overview: Tensor | None = None
         self.by_unet: Tensor | None = None
+        self.unet_weight = 0.0
 
     def run(self) -> tuple[Canvas, list[float]]:
         """The label map, and the estimated quality of each structure."""
@@ -51,6 +51,7 @@ class Drawing:
         unet = self.segmenter.active_unet
         if unet and is_averaged(self.volume.grid, len(self.values)):
             self.by_unet = unet.probabilities(self.volume, self.values, self.watch.check)
+            self.unet_weight = self.segmenter.settings.unet * unet.trust
         canvas = Canvas(self.volume.grid, self.values, self.segmenter.settings.overlap, repaint=bool(magnified))
         self._look(canvas, None, self.values, overview=bool(magnified))
         seen: list[tuple[Window, tuple[int, ...]]] = []
@@ -124,7 +125,7 @@ class Drawing:
         second: Tensor | None = None,
     ) -> None:
         """Draw what is smoothly likelier than the threshold, and count what Dice the probabilities let expect of it."""
-        scores = scored(smooth, self.segmenter.settings, second)
+        scores = scored(smooth, self.segmenter.settings.threshold, second, self.unet_weight)
         self.expected.add([self.values.index(value) for value in values], probabilities, scores > 0)
         canvas.paint(part, scores, values)
 
@@ -156,19 +157,20 @@ def is_averaged(grid: Sequence[int], count: int) -> bool:
     return count * math.prod(grid) <= MAX_AVERAGED
 
 
-def scored(probabilities: Tensor, settings: Settings, second: Tensor | None = None) -> Tensor:
+def scored(probabilities: Tensor, threshold: float, second: Tensor | None = None, weight: float = 0.0) -> Tensor:
     """Logits that are positive where a structure is drawn.
 
     Args:
-        probabilities: of the learner, `(k, ...)`; `Settings.threshold` is where it draws.
-        settings: threshold and weight of the U-Net.
+        probabilities: of the learner, `(k, ...)`.
+        threshold: probability from which it draws.
         second: those of the U-Net, which draws from 0.5 on; NaN where it does not know.
+        weight: of the U-Net, below 1.
     """
-    scores = probabilities.logit(_EPS) - math.log(settings.threshold / (1 - settings.threshold))
+    scores = probabilities.logit(_EPS) - math.log(threshold / (1 - threshold))
     if second is None:
         return scores
     limit = math.log(1 / _EPS)
-    both = (1 - settings.unet) * scores.clamp(-limit, limit) + settings.unet * second.logit(_EPS)
+    both = (1 - weight) * scores.clamp(-limit, limit) + weight * second.logit(_EPS)
     return torch.where(both.isnan(), scores, both)
 
 

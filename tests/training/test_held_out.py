@@ -58,7 +58,7 @@ def test_a_case_is_scored_from_the_other_cases_and_a_lone_one_from_its_other_sli
 ):
     pools = []
 
-    def perfect(segmenter, case, pool, values, second):
+    def perfect(segmenter, case, pool, values, second, weight):
         pools.append({key: other.slices for key, other in pool.cases.items()})
         return [1.0] * len(values)
 
@@ -94,10 +94,20 @@ def test_a_unet_counts_as_it_does_where_it_is_averaged(make_segmenter, make_case
     assert held_out.dice(segmenter, unknown) == held_out.dice(segmenter)
 
 
-@pytest.mark.parametrize(("count", "names"), [(1, ""), (2, "a"), (3, "a"), (4, "a"), (9, "ai")])
+@pytest.mark.parametrize(("count", "names"), [(2, "a"), (3, "a"), (4, "a"), (9, "ai")])
 def test_whole_cases_are_held_out_but_never_all(count, names):
-    held_out = HeldOut.whole([pooled(name) for name in "abcdefghi"[:count]])
+    held_out = HeldOut.choose([pooled(name) for name in "abcdefghi"[:count]], enough=2)
     assert held_out.rows == {(MAIN, name): tuple(range(10)) for name in names}
+
+
+def test_what_is_held_out_of_a_case_counts_as_not_labelled(make_segmenter, make_case):
+    cases = make_case("a", labelled_slices=(0, 2, 3, 4, 5)), make_case("b", seed=1)
+    pool = make_segmenter(cases).pool
+    held_out = HeldOut({(MAIN, "a"): (1, 4)})
+    one, other = (held_out.seen(case, pool.cases[case.volume.name]) for case in cases)
+    assert one.labelled_slices == (0, 3, 4)
+    assert other is cases[1]
+    assert HeldOut({(MAIN, "b"): tuple(range(6))}).seen(cases[1], pool.cases["b"]) is None
 
 
 def test_of_a_long_case_the_middle_of_the_structure_is_scored():

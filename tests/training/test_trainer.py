@@ -13,9 +13,10 @@ from ofl_sam2.backbone.weights import state_hash
 from ofl_sam2.errors import Cancelled, InputError, ModelError
 from ofl_sam2.memory.pool import MAIN, View
 from ofl_sam2.progress import CancelToken
-from ofl_sam2.training import trainer
+from ofl_sam2.training import trainer, voxels
 from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.trainer import TrainingSettings, train
+from ofl_sam2.training.trainer import _unet_share as unet_share
 
 SHORT = TrainingSettings(minutes=5, epochs=3, steps_per_epoch=1, episodes=1, copies=1)
 
@@ -48,12 +49,12 @@ def better_every_time(monkeypatch):
 @pytest.fixture(autouse=True)
 def no_unet(monkeypatch):
     """Leave all of the time to learner and fusion."""
-    monkeypatch.setattr(trainer, "_UNET", 0.0)
+    monkeypatch.setattr(trainer, "_unet_share", lambda *_: 0.0)
 
 
 @pytest.fixture
 def with_unet(monkeypatch, no_unet):
-    monkeypatch.setattr(trainer, "_UNET", 0.4)
+    monkeypatch.setattr(trainer, "_unet_share", unet_share)
 
 
 @pytest.fixture
@@ -258,12 +259,12 @@ def test_a_unet_is_fitted_afterwards_and_kept_if_it_helps_what_was_kept(build, c
     slices = iter([0.5, 0.6 if better else 0.4])
     apart = iter([0.55, 0.65, 0.7 if helps else 0.6])
 
-    def dice(held_out, of, seconds=None):
+    def dice(held_out, of, seconds=None, trust=1):
         asked.append(seconds)
         return next(slices if View(0) in {view for view, _ in held_out.rows} else apart)
 
-    monkeypatch.setattr(HeldOut, "choose", lambda _: HeldOut({(MAIN, "a"): (2,), (View(0), "a"): (2,)}))
-    monkeypatch.setattr(HeldOut, "whole", lambda _: HeldOut({(MAIN, "a"): (2,)}))
+    views = {4: (MAIN, View(0)), 2: (MAIN,)}
+    monkeypatch.setattr(HeldOut, "choose", lambda _, enough=4: HeldOut({(view, "a"): (2,) for view in views[enough]}))
     monkeypatch.setattr(HeldOut, "dice", dice)
     result = train(segmenter, cases, SHORT, report=lambda entry: shares.append(entry.share))
     assert (segmenter.unet is not None, result.improved) == (helps, helps or better)
@@ -278,12 +279,12 @@ def test_a_unet_is_fitted_afterwards_and_kept_if_it_helps_what_was_kept(build, c
 
 
 @pytest.mark.usefixtures("with_unet")
-@pytest.mark.parametrize("reason", ["a lone case", "too large to average"])
+@pytest.mark.parametrize("reason", ["a lone case of three slices", "too large to average"])
 def test_without_a_way_to_tell_or_to_use_it_no_unet_is_fitted(build, cases, make_segmenter, monkeypatch, reason):
     monkeypatch.setattr("ofl_sam2.training.voxels.fit_unet", lambda *_: pytest.fail("a U-Net was fitted"))
     segmenter, given = build(), cases
-    if reason == "a lone case":
-        segmenter, given = make_segmenter(cases[:1], pool_slices=3), cases[:1]
+    if reason == "a lone case of three slices":
+        segmenter, given = make_segmenter(cases[1:], pool_slices=3), cases[1:]
     else:
         monkeypatch.setattr("ofl_sam2.drawing.MAX_AVERAGED", 2 * 24 * 20 * 6 - 1)
     train(segmenter, given, SHORT)
@@ -296,6 +297,34 @@ def test_the_unet_gets_more_of_the_time_with_four_cases(make_segmenter, make_cas
     segmenter, shares = make_segmenter(cases, pool_slices=3), []
     train(segmenter, cases, replace(SHORT, epochs=1), report=lambda entry: shares.append(entry.share))
     assert shares[0] == pytest.approx(0.4)
+
+
+@pytest.mark.usefixtures("with_unet")
+@pytest.mark.parametrize("helps", [True, False])
+def test_with_a_lone_case_a_fitted_learner_stays_and_a_unet_is_judged_on_slices(
+    make_segmenter, make_case, monkeypatch, helps
+):
+    case, seen, scores = make_case("a"), [], iter([0.5, 0.5, 0.6 if helps else 0.4])
+    segmenter, samples = make_segmenter([case], pool_slices=3), voxels._samples
+    before = weights(segmenter)
+    monkeypatch.setattr(voxels, "_samples", lambda *args: seen.append(args[2].labelled_slices) or samples(*args))
+    monkeypatch.setattr(HeldOut, "dice", lambda *_: next(scores))
+    result = train(segmenter, [case], SHORT)
+    assert weights(segmenter) == before
+    assert (segmenter.unet is not None) == result.improved == helps
+    assert (result.dice_before, result.dice_after) == (0.5, 0.6 if helps else 0.4)
+    assert [entry.share for entry in result.reports] == pytest.approx([1 / 3, 2 / 3, 1] if helps else [1 / 3, 2 / 3])
+    assert seen == [(0, 1, 3, 4, 5), *([None] if helps else [])]
+
+
+@pytest.mark.usefixtures("with_unet")
+def test_with_a_lone_case_a_new_learner_is_fitted_too(make_segmenter, make_learner, make_case):
+    case = make_case("a")
+    segmenter = make_segmenter([case], learner=make_learner(fused=False), pool_slices=3)
+    before = weights(segmenter)
+    result = train(segmenter, [case], SHORT)
+    assert weights(segmenter) != before
+    assert result.reports[SHORT.epochs - 1].share == pytest.approx(0.6)
 
 
 @pytest.mark.usefixtures("with_unet")

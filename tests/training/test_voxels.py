@@ -14,8 +14,8 @@ from ofl_sam2.training.voxels import fit_unet
 VIEWPOINT = Viewpoint(2, True, 64, Settings())
 
 
-def fit(cases, apart=(), accept=lambda _: True, **options):
-    return fit_unet(VIEWPOINT, cases, (1, 2), apart, accept, **{"seconds": 300.0, "steps": 2, **options})
+def fit(cases, early=None, accept=lambda _: True, **options):
+    return fit_unet(VIEWPOINT, cases, (1, 2), early or cases, accept, **{"seconds": 300.0, "steps": 2, **options})
 
 
 @pytest.fixture
@@ -43,9 +43,10 @@ def test_a_seed_gives_the_same_twice(cases):
 def test_time_and_steps_bound_it_and_progress_is_told(cases, monkeypatch):
     steps, loss = [], voxels._loss
     monkeypatch.setattr(voxels, "_loss", lambda *args: steps.append(1) or loss(*args))
-    shares = []
-    fit(cases, steps=4, report=shares.append)
-    assert shares == [0.25, 0.5, 0.75, 1]
+    told = []
+    fit(cases, steps=4, report=lambda *entry: told.append(entry))
+    assert [share for share, _ in told] == [0.25, 0.5, 0.75, 1]
+    assert all(0 < loss < 10 for _, loss in told)
     steps.clear()
     fit(cases, seconds=1e-9, steps=None)
     assert len(steps) == 1
@@ -53,11 +54,11 @@ def test_time_and_steps_bound_it_and_progress_is_told(cases, monkeypatch):
 
 def test_it_can_be_cancelled(cases):
     token = CancelToken()
-    assert fit(cases, steps=5, report=lambda _: token.cancel(), cancel=token) is None
+    assert fit(cases, steps=5, report=lambda *_: token.cancel(), cancel=token) is None
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-def test_cases_that_are_kept_apart_are_learned_once_it_was_accepted(cases, monkeypatch, accepted):
+def test_labels_that_are_kept_apart_are_learned_once_it_was_accepted(cases, monkeypatch, accepted):
     seen, batch = [], voxels._batch
     monkeypatch.setattr(voxels, "_batch", lambda samples, augment: seen.append(len(samples)) or batch(samples, augment))
 
@@ -65,9 +66,13 @@ def test_cases_that_are_kept_apart_are_learned_once_it_was_accepted(cases, monke
         seen.append("asked")
         return accepted and not unet.training
 
-    unet = fit(cases, [1], accept, steps=5)
+    unet = fit(cases, cases[:1], accept, steps=5)
     assert seen == [1, 1, "asked", *([2] * 3 if accepted else [])]
     assert (unet is not None) == accepted
+
+
+def test_one_that_has_seen_a_single_volume_is_trusted_less(cases):
+    assert (fit(cases[:1]).trust, fit(cases, cases[:1]).trust) == (0.5, 1)
 
 
 @pytest.mark.parametrize("axes", ["as stored", "turned"])
@@ -135,5 +140,6 @@ def test_the_number_of_volumes_is_bounded(make_case, monkeypatch, count):
             read.append(number)
             return super().__getitem__(number)
 
-    assert fit(Cases([make_case("a")] * count), steps=1) is not None
-    assert len(set(read)) == 2
+    case = make_case("a")
+    assert fit(Cases([case] * count), Cases([case] * (count - 1)), steps=1) is not None
+    assert len(read) == 4

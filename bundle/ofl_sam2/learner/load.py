@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -37,7 +38,7 @@ def learner_bytes(learner: FewShotLearner) -> bytes:
 
 def unet_bytes(unet: VoxelUNet) -> bytes:
     """As `learner_bytes`, of a U-Net."""
-    shape = {"spacing": unet.plan.spacing, "shape": unet.plan.shape, "values": unet.values, "colour": unet.colour}
+    shape = {name: getattr(unet, name) for name in ("values", "colour", "trust")} | asdict(unet.plan)
     return _bytes(unet, {name: json.dumps(value) for name, value in shape.items()})
 
 
@@ -80,14 +81,16 @@ def read_unet(path: Path, sha256: str | None = None) -> VoxelUNet:
         with safe_open(path, "pt") as file:
             header = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
         spacing, values = tuple(map(float, header["spacing"])), tuple(map(int, header["values"]))
-        shape, colour = tuple(map(int, header["shape"])), bool(header["colour"])
+        shape, colour, trust = tuple(map(int, header["shape"])), bool(header["colour"]), float(header.get("trust", 1))
         if len(spacing) != 3 or not all(math.isfinite(step) and step > 0 for step in spacing):
             raise ValueError(f"spacing {spacing}")
         if len(shape) != 3 or not (min(shape) > 0 and math.prod(shape) <= MOST_VOXELS):
             raise ValueError(f"shape {shape}")
         if not 0 < len(values) == len(set(values)) <= _MOST_STRUCTURES:
             raise ValueError(f"{len(values)} structures")
-        unet = VoxelUNet(Plan(spacing, shape), values, colour)
+        if not 0 < trust <= 1:
+            raise ValueError(f"trust {trust}")
+        unet = VoxelUNet(Plan(spacing, shape), values, colour, trust)
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path} is no U-Net (header: {error}). Train again.") from error
     load_strict(unet, state, source=str(path))

@@ -27,11 +27,12 @@ class VoxelUNet(nn.Module):
         plan: its grid.
         values: label values of the structures.
         colour: it sees three channels instead of one.
+        trust: share of `Settings.unet` that it gets, in (0, 1].
     """
 
-    def __init__(self, plan: Plan, values: Sequence[int], colour: bool = False) -> None:
+    def __init__(self, plan: Plan, values: Sequence[int], colour: bool = False, trust: float = 1.0) -> None:
         super().__init__()
-        self.plan, self.values, self.colour = plan, tuple(values), colour
+        self.plan, self.values, self.colour, self.trust = plan, tuple(values), colour, trust
         self.patch = plan.patch(PATCH_VOXELS)
         self.net = dynunet(plan, self.patch, 3 if colour else 1, 1 + len(self.values))
         # DynUNet registers its layers a second time, and safetensors refuses shared tensors.

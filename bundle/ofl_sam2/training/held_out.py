@@ -32,18 +32,12 @@ class HeldOut:
     rows: Mapping[tuple[View, str], tuple[int, ...]]
 
     @classmethod
-    def choose(cls, cases: Sequence[PooledCase]) -> "HeldOut":
-        """Choose among all views of the cases to train on."""
-        if len({case.name for case in cases}) >= ENOUGH_CASES:
-            return cls.whole(cases)
-        return cls({(c.view, c.key): rows for c in cases if (rows := _every_fifth(c))})
-
-    @classmethod
-    def whole(cls, cases: Sequence[PooledCase]) -> "HeldOut":
-        """Choose whole cases, at least one of two or more."""
+    def choose(cls, cases: Sequence[PooledCase], enough: int = ENOUGH_CASES) -> "HeldOut":
+        """Choose among all views of the cases to train on; whole ones of `enough`, which are two or more."""
         names = sorted({case.name for case in cases})
-        count = max(1, len(names) // ENOUGH_CASES) if len(names) > 1 else 0
-        apart = set(names[::_CASES_PER_HELD_OUT][:count])
+        if len(names) < enough:
+            return cls({(c.view, c.key): rows for c in cases if (rows := _every_fifth(c))})
+        apart = set(names[::_CASES_PER_HELD_OUT][: max(1, len(names) // ENOUGH_CASES)])
         return cls({(c.view, c.key): tuple(range(len(c))) for c in cases if c.name in apart})
 
     def without(self, case: PooledCase) -> PooledCase | None:
@@ -52,18 +46,29 @@ class HeldOut:
         kept = [row for row in range(len(case)) if row not in apart]
         return part(case, kept) if kept else None
 
+    def seen(self, case: LabelledCase, pooled: PooledCase) -> LabelledCase | None:
+        """As `without`, of a case and its main view."""
+        if (pooled.view, pooled.key) not in self.rows:
+            return case
+        left = self.without(pooled)
+        return replace(case, labelled_slices=left.slices) if left else None
+
     @torch.no_grad()
-    def dice(self, segmenter: VolumeSegmenter, seconds: Mapping[str, Tensor] | None = None) -> float | None:
+    def dice(
+        self, segmenter: VolumeSegmenter, seconds: Mapping[str, Tensor] | None = None, trust: float = 1.0
+    ) -> float | None:
         """Mean Dice of held-out slices, each case segmented from the other cases, a lone one from its other slices.
 
         Args:
             segmenter: what to score; its own U-Net is not asked.
             seconds: what a U-Net says of each case, see `drawn_by`; only where rows are of the main view alone.
+            trust: `VoxelUNet.trust` of it.
 
         Returns:
             In [0, 1], at logit size; None where nothing could be scored.
         """
         scores: list[float] = []
+        weight = segmenter.settings.unet * trust
         for (view, key), rows in self.rows.items():
             pool = segmenter.pools[view]
             case = pool.cases[key]
@@ -73,7 +78,7 @@ class HeldOut:
             values = tuple(v for v in segmenter.structures if v in case.known & _taught(others.cases.values()))
             if values:
                 shown, second = part(case, _middle(case, rows)), seconds[key] if seconds else None
-                scores += _dice(segmenter, shown, others, values, second)
+                scores += _dice(segmenter, shown, others, values, second, weight)
         return sum(scores) / len(scores) if scores else None
 
     def drawn_by(self, unet: VoxelUNet, segmenter: VolumeSegmenter, cases: Iterable[LabelledCase]) -> dict[str, Tensor]:
@@ -128,7 +133,12 @@ def _middle(case: PooledCase, rows: Sequence[int]) -> tuple[int, ...]:
 
 
 def _dice(
-    segmenter: VolumeSegmenter, case: PooledCase, pool: SupportPool, values: tuple[int, ...], second: Tensor | None
+    segmenter: VolumeSegmenter,
+    case: PooledCase,
+    pool: SupportPool,
+    values: tuple[int, ...],
+    second: Tensor | None,
+    weight: float,
 ) -> list[float]:
     learned = LearnedView(pool, values, segmenter.backbone, segmenter.learner, segmenter.settings)
     run = Propagation(learned.supports, values, learned.solution, segmenter.settings)
@@ -136,7 +146,8 @@ def _dice(
     overlap, total = torch.zeros(len(values)), torch.zeros(len(values))
     for result in run.run(lambda row: case.slice(row).to(segmenter.device), pool.similarity(case.descriptors)):
         by_unet = None if second is None else second[result.index, columns]
-        predicted = (scored(result.logits.sigmoid().cpu(), segmenter.settings, by_unet) > 0).flatten(1)
+        found = scored(result.logits.sigmoid().cpu(), segmenter.settings.threshold, by_unet, weight)
+        predicted = (found > 0).flatten(1)
         masks = torch.stack([case.mask(result.index, value) for value in values])
         true = (shrink_masks(masks, result.logits.shape[-1]) > 0.5).flatten(1)
         overlap += (predicted & true).sum(1)

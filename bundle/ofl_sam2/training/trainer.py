@@ -114,10 +114,11 @@ def train(
     """Fit learner and fusion of a segmenter that has learned these cases; SAM2 stays as it is.
 
     What is fitted is the running average of the parameters over the last steps, on augmented copies that never repeat.
-    A part of the time is for a 3D U-Net, unless there is one case or a volume is too large to average probabilities in.
-    A part of the labels is held out; fitted parameters that are not better on it are dropped. So is the U-Net if it
-    does not help what was kept, in a case that it has not seen; once it has helped, it learns from all labels. Under
-    `torch.distributed` the processes share the episodes of each step.
+    A part of the time is for a 3D U-Net, unless a volume is too large to average probabilities in; with one case all of
+    it, if the learner was fitted before. A part of the labels is held out; fitted parameters that are not better on it
+    are dropped. So is the U-Net if it does not help what was kept, in a case that it has not seen, or in slices of a
+    lone one; once it has helped, it learns from all labels. Under `torch.distributed` the processes share the episodes
+    of each step.
 
     Args:
         segmenter: changed in place when training ends, also when it is cancelled after the first epoch.
@@ -140,34 +141,18 @@ def train(
         raise InputError(
             f"{world_size()} processes cannot share {settings.episodes} episodes. Give as many episodes as processes."
         )
-    started = time.perf_counter()
-    shapes = [(case.volume.name, case.volume.grid) for case in cases]
-    names = [name for name, _ in shapes]
-    held_out = HeldOut.choose([c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names])
-    judge = _Judge(segmenter, cases, names)
-    share = _unet_share(segmenter, [grid for _, grid in shapes]) if judge.apart else 0.0
-    room = min(settings.max_slices, round(_SLICES_PER_MINUTE * settings.minutes * (1 - share)))
-    copies = FreshCopies(segmenter, cases, names, held_out, settings.copies, room, settings.seed)
-    run = _Training(segmenter, copies, settings, 60 * settings.minutes * (1 - share))
-    if checkpoint is not None and checkpoint.is_file():
-        run.resume(checkpoint)
-    copies.start(run.steps, Watch(encoded, cancel))
-    encoding, started = time.perf_counter() - started, time.perf_counter()
-    before = held_out.dice(segmenter)
-    scoring = 2 * (time.perf_counter() - started)
-    run.spent = max(run.spent, min(encoding + scoring, _MOST_ASIDE * run.budget))
+    judge = _Judge(segmenter, cases)
+    share = _unet_share(segmenter, cases) if judge.held_out.rows else 0.0
     alone = judge.held_out.dice(segmenter) if share else None
-    reports = run.run(checkpoint, report, cancel, attach)
-    old = copy.deepcopy(segmenter.learner.state_dict())
-    segmenter.learner.load_state_dict(run.average.module.state_dict())
-    after = held_out.dice(segmenter)
-    improved = before is None or after is None or after > before
-    if not improved:
-        segmenter.learner.load_state_dict(old)
-    result = TrainingResult(reports, before, after, improved)
-    if share and (unet := _fit_unet(segmenter, cases, judge, settings, share, reports, report, cancel)):
-        segmenter.unet = unet
-        result = TrainingResult(reports, alone, judge.dice, True)
+    reports, result = [], TrainingResult([], alone, None, False)
+    if share < 1:
+        result = _fit_learner(segmenter, cases, settings, 1 - share, checkpoint, report, encoded, cancel, attach)
+        reports = result.reports
+    if share:
+        unet = _fit_unet(segmenter, cases, judge, settings, share, reports, report, cancel)
+        if unet or share == 1:
+            segmenter.unet = unet or segmenter.unet
+            result = TrainingResult(reports, alone, judge.dice, unet is not None)
     segmenter.solve()
     wait()
     if checkpoint is not None and rank() == 0:
@@ -175,35 +160,79 @@ def train(
     return result
 
 
-def _unet_share(segmenter: VolumeSegmenter, grids: Sequence[tuple[int, ...]]) -> float:
+def _fit_learner(
+    segmenter: VolumeSegmenter,
+    cases: Sequence[LabelledCase],
+    settings: TrainingSettings,
+    share: float,
+    checkpoint: Path | None,
+    report: Callable[[EpochReport], None] | None,
+    encoded: Progress | None,
+    cancel: CancelToken | None,
+    attach: Callable[[Engine], None] | None,
+) -> TrainingResult:
+    """Fit learner and fusion in their share of the time, see `train`."""
+    started = time.perf_counter()
+    names = [case.volume.name for case in cases]
+    held_out = HeldOut.choose([c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names])
+    room = min(settings.max_slices, round(_SLICES_PER_MINUTE * settings.minutes * share))
+    copies = FreshCopies(segmenter, cases, names, held_out, settings.copies, room, settings.seed)
+    run = _Training(segmenter, copies, settings, 60 * settings.minutes * share)
+    if checkpoint is not None and checkpoint.is_file():
+        run.resume(checkpoint)
+    copies.start(run.steps, Watch(encoded, cancel))
+    encoding, started = time.perf_counter() - started, time.perf_counter()
+    before = held_out.dice(segmenter)
+    scoring = 2 * (time.perf_counter() - started)
+    run.spent = max(run.spent, min(encoding + scoring, _MOST_ASIDE * run.budget))
+    reports = run.run(checkpoint, report, cancel, attach)
+    old = copy.deepcopy(segmenter.learner.state_dict())
+    segmenter.learner.load_state_dict(run.average.module.state_dict())
+    after = held_out.dice(segmenter)
+    improved = before is None or after is None or after > before
+    if not improved:
+        segmenter.learner.load_state_dict(old)
+    return TrainingResult(reports, before, after, improved)
+
+
+def _unet_share(segmenter: VolumeSegmenter, cases: Sequence[LabelledCase]) -> float:
     """Share of the time for the U-Net; none if a volume is too large to average probabilities in.
 
-    It is smaller where the learner needs the time: with few cases, or if it was never fitted.
+    It is smaller where the learner needs the time: with few cases, or if it was never fitted. One that was is left as
+    it is with a lone case: the neighbours of held-out slices do not tell what it draws in other cases.
     """
-    if not all(is_averaged(grid, len(segmenter.structures)) for grid in grids):
+    if not all(is_averaged(case.volume.grid, len(segmenter.structures)) for case in cases):
         return 0.0
-    return _MANY_UNET if segmenter.learner.fitted and len(grids) >= ENOUGH_CASES else _UNET
+    if not segmenter.learner.fitted:
+        return _UNET
+    if len(cases) == 1:
+        return 1.0
+    return _MANY_UNET if len(cases) >= ENOUGH_CASES else _UNET
 
 
 class _Judge:
-    """Whether a U-Net helps in the main view of cases that it has not seen; with a lone case nothing can tell.
+    """Whether a U-Net helps in slices of the main view that it has not seen: of whole cases if there are two.
 
     Attributes:
-        held_out: their slices.
-        apart: their numbers.
+        held_out: these slices.
+        early: the other labels.
         dice: on them, with the last U-Net asked about.
     """
 
-    def __init__(self, segmenter: VolumeSegmenter, cases: Sequence[LabelledCase], names: Sequence[str]) -> None:
+    def __init__(self, segmenter: VolumeSegmenter, cases: Sequence[LabelledCase]) -> None:
+        pooled = {case.volume.name: segmenter.pool.cases[case.volume.name] for case in cases}
         self.segmenter, self.cases = segmenter, cases
-        self.held_out = HeldOut.whole([c for c in segmenter.pool.cases.values() if c.name in names])
-        self.apart = [number for number, name in enumerate(names) if (MAIN, name) in self.held_out.rows]
+        self.held_out = HeldOut.choose(list(pooled.values()), enough=2)
+        seen = [self.held_out.seen(case, pooled[case.volume.name]) for case in cases]
+        self.early = [case for case in seen if case]
         self.dice: float | None = None
 
     def helps(self, unet: VoxelUNet) -> bool:
         """Whether the average with a U-Net is better than what the segmenter draws without."""
-        seconds = self.held_out.drawn_by(unet, self.segmenter, [self.cases[number] for number in self.apart])
-        without, self.dice = self.held_out.dice(self.segmenter), self.held_out.dice(self.segmenter, seconds)
+        apart = [case for case in self.cases if (MAIN, case.volume.name) in self.held_out.rows]
+        seconds = self.held_out.drawn_by(unet, self.segmenter, apart)
+        without = self.held_out.dice(self.segmenter)
+        self.dice = self.held_out.dice(self.segmenter, seconds, unet.trust)
         return without is not None and self.dice is not None and self.dice > without
 
 
@@ -213,18 +242,27 @@ def _fit_unet(
     judge: _Judge,
     settings: TrainingSettings,
     share: float,
-    reports: Sequence[EpochReport],
+    reports: list[EpochReport],
     report: Callable[[EpochReport], None] | None,
     cancel: CancelToken | None,
 ) -> VoxelUNet | None:
-    """Fit the U-Net in its share of the time; it takes as many steps as the epochs have, if they are limited."""
+    """Fit the U-Net in its share of the time; it takes as many steps as the epochs have, if they are limited.
+
+    They are its own epochs in `reports` if there are none.
+    """
     from ofl_sam2.training.voxels import fit_unet  # MONAI takes seconds to import
 
-    seconds = 60 * settings.minutes * share
+    seconds, spent = 60 * settings.minutes * share, reports[-1].seconds if reports else 0.0
+    first, losses = not reports, list[float]()
 
-    def tell(done: float) -> None:
+    def tell(done: float, loss: float) -> None:
+        shared, now = 1 - (1 - done) * share, spent + done * seconds
+        losses.append(loss)
+        if first and (len(losses) == settings.steps_per_epoch or done >= 1):
+            reports.append(EpochReport(len(reports) + 1, sum(losses) / len(losses), shared, now))
+            losses.clear()
         if report and reports:
-            report(replace(reports[-1], share=1 - (1 - done) * share, seconds=reports[-1].seconds + done * seconds))
+            report(replace(reports[-1], share=shared, seconds=now))
 
     steps = settings.epochs and settings.epochs * settings.steps_per_epoch
     values, viewpoint = tuple(segmenter.structures), cast(Viewpoint, segmenter.viewpoint)
@@ -232,7 +270,7 @@ def _fit_unet(
         viewpoint,
         cases,
         values,
-        judge.apart,
+        judge.early,
         judge.helps,
         seconds,
         steps,

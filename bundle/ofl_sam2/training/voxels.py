@@ -1,6 +1,6 @@
 """Fit the 3D U-Net to labelled volumes from scratch, by nnU-Net's recipe (Isensee et al., 2021)."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -32,6 +32,7 @@ from ofl_sam2.progress import CancelToken
 from ofl_sam2.training.schedule import learning_rate
 
 MOST_VOLUMES, TRIED = 64, 0.4
+_LONE_TRUST = 0.5
 _BATCH = 2
 _RATE, _DECAY, _WARM_UP, _CLIP = 2e-3, 1e-4, 10, 12.0
 _CHOICES = 10_000
@@ -56,41 +57,43 @@ def fit_unet(
     viewpoint: Viewpoint,
     cases: Sequence[LabelledCase],
     structures: Sequence[int],
-    apart: Collection[int],
+    early: Sequence[LabelledCase],
     accept: Callable[[VoxelUNet], bool],
     seconds: float,
     steps: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    report: Callable[[float], None] | None = None,
+    report: Callable[[float, float], None] | None = None,
     cancel: CancelToken | None = None,
 ) -> VoxelUNet | None:
-    """Train a U-Net on labelled voxels, at first without some cases.
+    """Train a U-Net on labelled voxels, at first without some of the labels.
 
     Args:
         viewpoint: numbers the slices that are labelled.
         cases: labelled volumes; at most `MOST_VOLUMES`, evenly chosen, are trained on, times of a sequence included.
         structures: label values.
-        apart: numbers of the cases that are not trained on before `accept`; not of all.
-        accept: asked once, after `TRIED` of the training, whether to go on; then all cases are trained on.
+        early: what of the cases is trained on before `accept`.
+        accept: asked once, after `TRIED` of the training, whether to go on; then the cases are trained on.
         seconds: bound on the wall time; one step is always done.
         steps: if given, how many, within that time; the learning rate then follows them and not the time.
         seed: of the parameters and the draws.
         device: to train on.
-        report: called with the share that is done, in (0, 1].
+        report: called after each step with the share that is done, in (0, 1], and its loss.
         cancel: to stop.
 
     Returns:
-        None if it was not accepted, or cancelled.
+        None if it was not accepted, or cancelled. One that has seen a single volume gets half the weight of others.
     """
     started = perf_counter()
-    chosen = evenly(range(len(cases)), min(MOST_VOLUMES, len(cases)))
-    plan = Plan.of(cases[number].volume for number in chosen).coarsened(MOST_VOXELS)
+    chosen = [cases[number] for number in evenly(range(len(cases)), min(MOST_VOLUMES, len(cases)))]
+    plan = Plan.of(case.volume for case in chosen).coarsened(MOST_VOXELS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = VoxelUNet(plan, structures, colour=cases[chosen[0]].volume.colour).to(device).train()
+        trust = 1.0 if len(cases) > 1 else _LONE_TRUST
+        unet = VoxelUNet(plan, structures, chosen[0].volume.colour, trust).to(device).train()
         most = max(1, MOST_VOLUMES // len(chosen))
-        samples = [s for n in chosen if n not in apart for s in _samples(unet, viewpoint, cases[n], most)]
+        first = [early[number] for number in evenly(range(len(early)), min(MOST_VOLUMES, len(early)))]
+        samples = [sample for case in first for sample in _samples(unet, viewpoint, case, most)]
         optimizer = torch.optim.AdamW(unet.parameters(), lr=_RATE, weight_decay=_DECAY)
         augment = Compose(augmentation(plan, unet.patch, len(unet.values))).set_random_state(seed)
         step, done, accepted = 0, 0.0, False
@@ -100,20 +103,21 @@ def fit_unet(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(_RATE, step, done, _WARM_UP)
             optimizer.zero_grad()
-            _loss(unet, *(part.to(device) for part in _batch(samples, augment))).backward()
+            loss = _loss(unet, *(part.to(device) for part in _batch(samples, augment)))
+            loss.backward()
             nn.utils.clip_grad_norm_(unet.parameters(), _CLIP)
             optimizer.step()
             step += 1
             spent = min(1.0, (perf_counter() - started) / seconds)
             done = step / steps if steps and spent < 1 else spent
             if report:
-                report(done)
+                report(done, loss.item())
             if done >= TRIED and not accepted:
                 accepted = accept(unet.eval())
                 if not accepted:
                     return None
                 unet.train()
-                samples += [s for n in chosen if n in apart for s in _samples(unet, viewpoint, cases[n], most)]
+                samples = [sample for case in chosen for sample in _samples(unet, viewpoint, case, most)]
     return unet.eval()
 
 
