@@ -151,7 +151,8 @@ def test_training_is_noted_and_a_seed_reproduces_it(learn, study, tmp_path):
 
 
 def test_an_interrupted_training_is_saved_but_not_called_finished(learn, study, tmp_path, monkeypatch):
-    segmenter, _ = learn(["a"])
+    names, settings = ["a", "b"], TrainingSettings(steps_per_epoch=1, copies=1)
+    segmenter, _ = learn(names)
     before = segmenter.learner.projection.weight.clone()
     cancel, train = CancelToken(), jobs.train
 
@@ -161,7 +162,7 @@ def test_an_interrupted_training_is_saved_but_not_called_finished(learn, study, 
     monkeypatch.setattr(jobs, "train", interrupted)
     monkeypatch.setattr(HeldOut, "dice", lambda *_: None)
     with pytest.raises(Cancelled, match="what was finished before is kept"):
-        train_on(study, tmp_path / "model", segmenter, ["a"], TrainingSettings(steps_per_epoch=1, copies=1), cancel)
+        train_on(study, tmp_path / "model", segmenter, names, settings, cancel)
     assert "trained_on" not in read_index(tmp_path / "model").notes
     assert not torch.equal(load_model(tmp_path / "model").learner.projection.weight, before)
 
