@@ -141,5 +141,5 @@ def test_the_number_of_volumes_is_bounded(make_case, monkeypatch, count):
             return super().__getitem__(number)
 
     case = make_case("a")
-    assert fit(Cases([case] * count), Cases([case] * (count - 1)), steps=1) is not None
+    assert fit(Cases([case] * count), Cases([case] * count), steps=1) is not None
     assert len(read) == 4

@@ -144,14 +144,15 @@ def train(
     judge = _Judge(segmenter, cases)
     share = _unet_share(segmenter, cases) if judge.held_out.rows else 0.0
     alone = judge.held_out.dice(segmenter) if share else None
-    reports, result = [], TrainingResult([], alone, None, False)
+    result = TrainingResult([], alone, None, False)
     if share < 1:
         result = _fit_learner(segmenter, cases, settings, 1 - share, checkpoint, report, encoded, cancel, attach)
-        reports = result.reports
+    reports = result.reports
     if share:
         unet = _fit_unet(segmenter, cases, judge, settings, share, reports, report, cancel)
+        if unet:
+            segmenter.unet = unet
         if unet or share == 1:
-            segmenter.unet = unet or segmenter.unet
             result = TrainingResult(reports, alone, judge.dice, unet is not None)
     segmenter.solve()
     wait()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -85,15 +86,15 @@ def fit_unet(
         None if it was not accepted, or cancelled. One that has seen a single volume gets half the weight of others.
     """
     started = perf_counter()
-    chosen = [cases[number] for number in evenly(range(len(cases)), min(MOST_VOLUMES, len(cases)))]
+    chosen = evenly(cases, MOST_VOLUMES)
     plan = Plan.of(case.volume for case in chosen).coarsened(MOST_VOXELS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trust = 1.0 if len(cases) > 1 else _LONE_TRUST
         unet = VoxelUNet(plan, structures, chosen[0].volume.colour, trust).to(device).train()
         most = max(1, MOST_VOLUMES // len(chosen))
-        first = [early[number] for number in evenly(range(len(early)), min(MOST_VOLUMES, len(early)))]
-        samples = [sample for case in first for sample in _samples(unet, viewpoint, case, most)]
+        ready = {id(case): _samples(unet, viewpoint, case, most) for case in evenly(early, MOST_VOLUMES)}
+        samples = [*chain(*ready.values())]
         optimizer = torch.optim.AdamW(unet.parameters(), lr=_RATE, weight_decay=_DECAY)
         augment = Compose(augmentation(plan, unet.patch, len(unet.values))).set_random_state(seed)
         step, done, accepted = 0, 0.0, False
@@ -117,7 +118,7 @@ def fit_unet(
                 if not accepted:
                     return None
                 unet.train()
-                samples = [sample for case in chosen for sample in _samples(unet, viewpoint, case, most)]
+                samples = [*chain(*(ready.get(id(case)) or _samples(unet, viewpoint, case, most) for case in chosen))]
     return unet.eval()
 
 
@@ -126,7 +127,7 @@ def _samples(unet: VoxelUNet, viewpoint: Viewpoint, case: LabelledCase, most: in
     classes = _classes(viewpoint, case, unet.values)
     unknown = len(unet.values) + 1
     told = [time for time in range(times(case.volume)) if (at_time(classes, time) != unknown).any()]
-    chosen = set(evenly(told, min(most, len(told))))
+    chosen = set(evenly(told, most))
     taught = torch.tensor([float(value in case.values) for value in unet.values])
     samples = []
     for time, image in enumerate(unet.images(case.volume)):
