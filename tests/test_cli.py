@@ -30,7 +30,7 @@ from ofl_sam2.backbone.build import build_sam2
 from ofl_sam2.backbone.configs import BACKBONES
 from ofl_sam2.cli import main
 from ofl_sam2.files import read_labels, read_volume
-from ofl_sam2.learner.load import read_learner
+from ofl_sam2.learner.load import WEIGHTS, read_learner
 from ofl_sam2.store import INDEX, load_model, read_index
 from ofl_sam2.training import pretraining, trainer
 from ofl_sam2.training.held_out import HeldOut
@@ -50,6 +50,7 @@ CONTRACT = {
     "weights verify": "PATH",
     "synth": "--output --cases --seed",
     "pretrain": "--output --minutes --device --resume --further --seed",
+    "pretrain-unet": "--output --minutes --device --resume --seed",
     "demo": "--output --minutes --download",
 }
 
@@ -667,6 +668,21 @@ def test_pretraining_writes_both_weights_and_goes_on_from_its_checkpoint(cli, tm
     budget = torch.load(checkpoint, weights_only=True)["spent"] / 60 + 0.01
     resumed = succeed(cli("pretrain", "--output", output, "--minutes", budget, "--resume", checkpoint))
     assert int(resumed.out.split()[0]) > steps
+
+
+def test_pretraining_the_unet_writes_its_weights_and_goes_on_from_its_checkpoint(cli, tmp_path):
+    output = tmp_path / "unet.safetensors"
+    steps = int(succeed(cli("pretrain-unet", "--output", output, "--minutes", 0.02)).out.split()[0])
+    assert {path.name for path in tmp_path.iterdir()} == {"unet.safetensors", "unet.checkpoint.pt"}
+    shipped = load_file(WEIGHTS / "unet.safetensors")
+    assert {name: tuple(value.shape) for name, value in load_file(output).items()} == {
+        name: tuple(value.shape) for name, value in shipped.items()
+    }
+    checkpoint = tmp_path / "unet.checkpoint.pt"
+    budget = float(torch.load(checkpoint, weights_only=True)["spent"]) / 60 + 0.01
+    resumed = succeed(cli("pretrain-unet", "--output", output, "--minutes", budget, "--resume", checkpoint))
+    assert int(resumed.out.split()[0]) > steps >= 1
+    assert_refused(cli("pretrain-unet", "--output", output, "--resume", __file__), "checkpoint .* cannot be used")
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,22 @@ def pretrain(
 
 
 @app.command()
+def pretrain_unet(
+    output: Annotated[Path, typer.Option(help="The U-Net's weights (.safetensors).")],
+    minutes: Annotated[float, typer.Option(help="Time budget.")] = 60.0,
+    device: Device = "cpu",
+    resume: Annotated[Path | None, typer.Option(help="Checkpoint of an earlier run.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Pretrain the 3D U-Net of `train` on synthetic volumes."""
+    from ofl_sam2.jobs import pretrain_voxels
+
+    with cancel_on_interrupt() as cancel:
+        steps = pretrain_voxels(output, minutes, device, resume, seed, cancel)
+    out.print(f"{steps} steps done. Weights: {output}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo_output"),
     minutes: Annotated[float, typer.Option(help="Training time; 0 learns only.")] = 3.0,

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from platformdirs import user_cache_path
 from safetensors.torch import save_file
+from torch import nn
 
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.backbone.frozen import SAM2Backbone
@@ -25,6 +26,7 @@ from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.store import is_model, load_model, read_index, save_model
 from ofl_sam2.training.pretraining import PretrainingState, pretrain
 from ofl_sam2.training.trainer import TrainingResult, TrainingSettings, train
+from ofl_sam2.training.voxel_pretraining import VoxelPretraining, pretrain_unet
 
 CACHE_BYTES = 4 << 30
 CHECKPOINT = "training.pt"
@@ -231,11 +233,7 @@ def pretrain_nano(
         InputError: no time, another suffix than .safetensors, two starting points, or a checkpoint that cannot be
             read.
     """
-    check_device(device)
-    if not 0 < minutes < math.inf:
-        raise InputError(f"Pretraining for {minutes:g} minutes is not possible. Give a positive number of --minutes.")
-    if output.suffix != ".safetensors":
-        raise InputError(f"The weights are written as .safetensors, not as {output.name}. Choose such a name.")
+    _check_pretraining(output, minutes, device)
     if resume and further:
         raise InputError("Give either --resume or --further: a checkpoint knows what it started from.")
     if resume:
@@ -251,12 +249,42 @@ def pretrain_nano(
             done(min(100, round(100 * report.share)), 100)
     backbone, learner = state.result().children()
     sam2 = cast(SAM2Backbone, backbone).sam2
-    weights = {name: tensor.half().cpu().contiguous() for name, tensor in sam2.state_dict().items()}
-    with atomic_path(output) as temporary:
-        save_file(weights, temporary)
+    _save_half(sam2, output)
     with atomic_path(output.with_name(f"{output.stem}_learner.safetensors")) as temporary:
         temporary.write_bytes(learner_bytes(cast(FewShotLearner, learner)))
     return state.step
+
+
+def pretrain_voxels(
+    output: Path, minutes: float, device: str, resume: Path | None, seed: int, cancel: CancelToken
+) -> int:
+    """Pretrain the U-Net and write its weights and a checkpoint; as `pretrain_nano`."""
+    _check_pretraining(output, minutes, device)
+    if resume:
+        state = VoxelPretraining.load(resume)
+    else:
+        torch.manual_seed(seed)
+        state = VoxelPretraining()
+    with progress("pretrain", unit="%") as done:
+        for share, _ in pretrain_unet(state, output.with_suffix(".checkpoint.pt"), minutes, device, seed, cancel):
+            done(round(100 * share), 100)
+    _save_half(state.trunk, output)
+    return int(state.step)
+
+
+def _check_pretraining(output: Path, minutes: float, device: str) -> None:
+    check_device(device)
+    if not 0 < minutes < math.inf:
+        raise InputError(f"Pretraining for {minutes:g} minutes is not possible. Give a positive number of --minutes.")
+    if output.suffix != ".safetensors":
+        raise InputError(f"The weights are written as .safetensors, not as {output.name}. Choose such a name.")
+
+
+def _save_half(module: nn.Module, output: Path) -> None:
+    """Write the weights of a module as float16."""
+    weights = {name: tensor.half().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    with atomic_path(output) as temporary:
+        save_file(weights, temporary)
 
 
 def _labelled(images: Path, labels: Path, names: Sequence[str] | None) -> list[Case]:

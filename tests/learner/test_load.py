@@ -7,9 +7,17 @@ from safetensors.torch import load_file, save, save_file
 from ofl_sam2.errors import WeightsError
 from ofl_sam2.learner import load
 from ofl_sam2.learner.few_shot import FewShotLearner
-from ofl_sam2.learner.load import learner_bytes, read_learner, read_unet, shipped_learner, unet_bytes
+from ofl_sam2.learner.load import (
+    WEIGHTS,
+    begin_pretrained,
+    learner_bytes,
+    read_learner,
+    read_unet,
+    shipped_learner,
+    unet_bytes,
+)
 from ofl_sam2.learner.plan import Plan
-from ofl_sam2.learner.unet import VoxelUNet
+from ofl_sam2.learner.unet import Trunk, VoxelUNet
 
 SHAPE = {"channels": "128", "inputs": "32", "encoding": "32", "kind": "mask"}
 
@@ -49,6 +57,14 @@ def test_the_learner_that_is_shipped_is_read_from_the_package(make_learner, tmp_
     (tmp_path / "other_learner.safetensors").write_bytes(learner_bytes(make_learner(inputs=16)))
     assert shipped_learner("other", 128).inputs == 16
     assert not shipped_learner("nano", 64).fitted
+
+
+def test_a_unet_begins_with_the_weights_of_the_package():
+    weights = load_file(WEIGHTS / "unet.safetensors")
+    unet = begin_pretrained(VoxelUNet(Plan((1.0, 1.0, 1.0), (40, 40, 40)), (1, 2)))
+    own = Trunk(unet.net).state_dict()
+    assert own.keys() == weights.keys()
+    assert all(torch.equal(own[name], value.float()) for name, value in weights.items())
 
 
 def test_the_sha256_is_checked(make_learner, tmp_path):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ofl_sam2.errors import Cancelled
 from ofl_sam2.learner.plan import Plan
-from ofl_sam2.learner.unet import VoxelUNet
+from ofl_sam2.learner.unet import Trunk, VoxelUNet, adapted, dynunet
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.volume import Volume, canonical_view
 
@@ -115,3 +116,52 @@ def test_canonical_order_is_that_of_the_plan(unet):
     shown = canonical_view(voxels, affine)
     assert image[0].shape == shown.shape
     assert np.corrcoef(image[0].numpy().ravel(), shown.ravel())[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("axes", [(2,), (3,), (2, 4), (2, 3, 4)])
+def test_an_adapted_kernel_does_the_same_where_nothing_changes_along_the_other_axes(axes):
+    weight, image = torch.randn(4, 1, 3, 3, 3), torch.randn(1, 1, 7, 7, 7)
+    for axis in axes:
+        image = image.mean(axis, keepdim=True).expand_as(image)
+    kernel = adapted(weight, (4, 1, *(1 if axis in axes else 3 for axis in range(2, 5))))
+    inner = [slice(1, -1) if axis in axes else slice(None) for axis in range(2, 5)]
+    drawn = functional.conv3d(image, kernel)[(slice(None), slice(None), *inner)]
+    assert torch.allclose(drawn, functional.conv3d(image, weight), atol=1e-4)
+
+
+def test_an_adapted_upsampling_is_the_mean_along_an_axis_that_keeps_its_size():
+    weight, features = torch.randn(4, 5, 2, 2, 2), torch.randn(1, 4, 3, 3, 3)
+    kept = functional.conv_transpose3d(features, adapted(weight, (4, 5, 2, 1, 2)), stride=(2, 1, 2))
+    doubled = functional.conv_transpose3d(features, weight, stride=2)
+    assert torch.allclose(kept, doubled.unflatten(3, (3, 2)).mean(4), atol=1e-5)
+
+
+def test_an_adapted_kernel_sees_grey_in_three_channels_as_in_one():
+    weight, image = torch.randn(4, 1, 3, 3, 3), torch.randn(1, 1, 5, 5, 5)
+    colour = functional.conv3d(image.expand(-1, 3, -1, -1, -1), adapted(weight, (4, 3, 3, 3, 3)))
+    assert torch.allclose(colour, functional.conv3d(image, weight), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 1), (16, 20, 12), (96, 96, 9)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_network_of_any_depth_begins_with_the_levels_it_shares(shape, channels):
+    cube = Plan((1.0, 1.0, 1.0), (40, 40, 40))
+    weights = Trunk(dynunet(cube, cube.shape, 1, 1)).state_dict()
+    net = dynunet(Plan((1.0, 1.0, 4.0), shape), shape, channels, 3)
+    trunk = Trunk(net)
+    fresh = {name: value.clone() for name, value in trunk.state_dict().items()}
+    trunk.begin(weights)
+    shared = {name for name in fresh if name in weights}
+    assert {name.split(".")[1] for name in shared if name.startswith("encoder")} == set("0123"[: len(trunk.encoder)])
+    for name, value in Trunk(net).state_dict().items():
+        expected = adapted(weights[name], value.shape) if name in shared else fresh[name]
+        assert torch.equal(value, expected)
+
+
+def test_the_trunk_is_what_the_heads_see():
+    plan = Plan((1.0, 1.0, 4.0), (32, 24, 8))
+    net = dynunet(plan, plan.shape, 1, 3).eval()
+    images = torch.randn(2, 1, *plan.shape)
+    features = Trunk(net)(images)
+    assert [level.shape[1] for level in features] == [16 * 2**level for level in range(len(features))]
+    assert torch.allclose(net.output_block(features[0]), net(images), atol=1e-5)

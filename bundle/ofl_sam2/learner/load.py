@@ -13,7 +13,7 @@ from ofl_sam2.backbone.weights import load_strict, read_state
 from ofl_sam2.errors import WeightsError
 from ofl_sam2.learner.few_shot import FewShotLearner
 from ofl_sam2.learner.plan import Plan
-from ofl_sam2.learner.unet import MOST_VOXELS, VoxelUNet
+from ofl_sam2.learner.unet import MOST_VOXELS, Trunk, VoxelUNet
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 _MOST_CHANNELS = 4096
@@ -29,6 +29,12 @@ def shipped_learner(backbone: str, channels: int) -> FewShotLearner:
     """
     path = WEIGHTS / f"{backbone}_learner.safetensors"
     return read_learner(path) if path.is_file() else FewShotLearner(channels)
+
+
+def begin_pretrained(unet: VoxelUNet) -> VoxelUNet:
+    """Give a fresh U-Net the weights that the package ships, in all that it shares with the pretrained one."""
+    Trunk(unet.net).begin(read_state(WEIGHTS / "unet.safetensors"))
+    return unet
 
 
 def learner_bytes(learner: FewShotLearner) -> bytes:

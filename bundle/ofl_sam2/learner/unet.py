@@ -1,7 +1,7 @@
-"""A small 3D U-Net that knows nothing but the user's labels: what it draws is averaged with what SAM2 draws."""
+"""A small 3D U-Net fitted to the user's labels: what it draws is averaged with what SAM2 draws."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,11 +89,51 @@ class VoxelUNet(nn.Module):
         return width, height, volume.grid[2] if volume.frames else depth
 
 
-def dynunet(plan: Plan, patch: Sequence[int], channels: int, classes: int) -> nn.Module:
+class Trunk(nn.Module):
+    """The blocks of a DynUNet by resolution, the full one first: networks of any depth name the same ones alike."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList([net.input_block, *net.downsamples, net.bottleneck])
+        self.decoder = nn.ModuleList([*net.upsamples][::-1])
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """What the heads see of images `(B, C, x, y, z)`, `(B, 16 * 2**level, ...)` at each level."""
+        encoded = []
+        for block in self.encoder:
+            images = block(images)
+            encoded.append(images)
+        features = [encoded.pop()]
+        for block in reversed(self.decoder):
+            features.append(block(features[-1], encoded.pop()))
+        return features[:0:-1]
+
+    @torch.no_grad()
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over the weights of another trunk, as far as it reaches."""
+        own = self.state_dict()
+        self.load_state_dict(own | {name: adapted(weights[name], own[name].shape) for name in own if name in weights})
+
+
+def adapted(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """A weight of a network with one channel and kernels that look along all axes, for one with another `shape`.
+
+    The result is that of an image which does not change along the other axes, and has the same grey in all channels.
+    """
+    for axis, size in enumerate(shape):
+        if axis > 1 and weight.shape[axis] > size:
+            transposed = weight.shape[axis] == 2
+            weight = weight.mean(axis, keepdim=True) if transposed else weight.sum(axis, keepdim=True)
+        elif weight.shape[axis] < size:
+            weight = weight.expand(*shape[: axis + 1], *weight.shape[axis + 1 :]) / size
+    return weight
+
+
+def dynunet(plan: Plan, patch: Sequence[int], channels: int, classes: int, deepest: int = 5) -> nn.Module:
     """MONAI's DynUNet with deep supervision and 16 filters at full resolution, of at least three levels."""
     from monai.networks.nets import DynUNet  # takes seconds to import
 
-    strides, kernels = plan.pooling(patch)
+    strides, kernels = plan.pooling(patch, deepest)
     missing = max(0, _LEAST_LEVELS - len(strides))
     strides, kernels = strides + missing * [[1, 1, 1]], kernels + missing * [[3, 3, 3]]
     filters = [min(_FILTERS * 2**level, _MOST_FILTERS) for level in range(len(strides))]

@@ -1,4 +1,4 @@
-"""Fit the 3D U-Net to labelled volumes from scratch, by nnU-Net's recipe (Isensee et al., 2021)."""
+"""Fit the pretrained 3D U-Net to labelled volumes, by nnU-Net's recipe (Isensee et al., 2021)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ofl_sam2.dataset import LabelledCase
+from ofl_sam2.learner.load import begin_pretrained
 from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import MOST_VOXELS, VoxelUNet, at_time, in_order, times
 from ofl_sam2.looks import Viewpoint
@@ -33,9 +34,9 @@ from ofl_sam2.progress import CancelToken
 from ofl_sam2.training.schedule import learning_rate
 
 MOST_VOLUMES, TRIED = 64, 0.4
-_LONE_TRUST = 0.5
+_LONE_TRUST = 0.75
 _BATCH = 2
-_RATE, _DECAY, _WARM_UP, _CLIP = 2e-3, 1e-4, 10, 12.0
+_RATE, _DECAY, _WARM_UP, _CLIP = 4e-3, 1e-4, 10, 12.0
 _CHOICES = 10_000
 _KEYS, _INDICES = ("image", "label"), "label_cls_indices"
 
@@ -91,7 +92,7 @@ def fit_unet(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trust = 1.0 if len(cases) > 1 else _LONE_TRUST
-        unet = VoxelUNet(plan, structures, chosen[0].volume.colour, trust).to(device).train()
+        unet = begin_pretrained(VoxelUNet(plan, structures, chosen[0].volume.colour, trust)).to(device).train()
         most = max(1, MOST_VOLUMES // len(chosen))
         ready = {id(case): _samples(unet, viewpoint, case, most) for case in evenly(early, MOST_VOLUMES)}
         samples = [*chain(*ready.values())]
