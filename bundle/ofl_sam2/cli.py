@@ -33,6 +33,7 @@ Backbone = Annotated[
 ImageSize = Annotated[int | None, typer.Option(help="Input side in pixels, a multiple of 32.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32 - 1)]
+Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint of an earlier run.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Folder of cached features; default the user's cache.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if the folder holds a model.")]
@@ -179,7 +180,7 @@ def pretrain(
     output: Annotated[Path, typer.Option(help="nano's weights (.safetensors); the learner's are written beside them.")],
     minutes: Annotated[float, typer.Option(help="Time budget of all stages together.")] = 60.0,
     device: Device = "cpu",
-    resume: Annotated[Path | None, typer.Option(help="Checkpoint of an earlier run.")] = None,
+    resume: Checkpoint = None,
     further: Annotated[bool, typer.Option("--further", help="Start from the package's weights.")] = False,
     seed: Seed = 0,
 ) -> None:
@@ -196,7 +197,7 @@ def pretrain_unet(
     output: Annotated[Path, typer.Option(help="The U-Net's weights (.safetensors).")],
     minutes: Annotated[float, typer.Option(help="Time budget.")] = 60.0,
     device: Device = "cpu",
-    resume: Annotated[Path | None, typer.Option(help="Checkpoint of an earlier run.")] = None,
+    resume: Checkpoint = None,
     seed: Seed = 0,
 ) -> None:
     """Pretrain the 3D U-Net of `train` on synthetic volumes."""

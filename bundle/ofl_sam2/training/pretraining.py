@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,10 @@ from ofl_sam2.atomic import atomic_path
 from ofl_sam2.backbone.configs import backbone_config
 from ofl_sam2.backbone.frozen import Decoded, ImageFeatures, SAM2Backbone
 from ofl_sam2.backbone.load import load_backbone
-from ofl_sam2.errors import InputError
 from ofl_sam2.learner.few_shot import FewShotLearner
 from ofl_sam2.learner.load import shipped_learner
 from ofl_sam2.progress import CancelToken
+from ofl_sam2.training.checkpoint import resume
 from ofl_sam2.training.episodes import Episode, unroll
 from ofl_sam2.training.losses import segmentation_loss, shrink_masks
 from ofl_sam2.training.processes import rank, synchronise
@@ -138,17 +139,15 @@ class PretrainingState:
         Raises:
             InputError: there is none, or it is damaged or of another network.
         """
-        if not path.is_file():
-            raise InputError(f"There is no checkpoint {path} to resume from. Leave --resume out to start anew.")
         state = cls.fresh(0)
-        try:
-            saved = torch.load(path, weights_only=True, map_location="cpu")
+
+        def take(saved: dict[str, Any]) -> None:
             state.backbone.load_state_dict(saved["backbone"])
             state.learner.load_state_dict(saved["learner"])
             state.average.load_state_dict(saved["average"])
             state.further, state.step, state.spent = saved["further"], saved["step"], saved["spent"]
-        except Exception as error:
-            raise InputError(f"The checkpoint {path} cannot be used: damaged, or of another version.") from error
+
+        resume(path, take)
         return state
 
 

@@ -127,7 +127,7 @@ def deform(dice: Dice, regions: Tensor, strength: float = 1.0) -> Tensor:
     angle = torch.tensor([0.06, 0.06, 0.2], device=dice.device) * dice.normal(3) * strength
     scale = 1 + 0.1 * strength * dice.normal(3)
     shift = torch.tensor([0.06, 0.06, 0.1], device=dice.device) * dice.normal(3) * strength
-    matrix = _rotation(angle) * scale
+    matrix = rotation(angle) * scale
     theta = torch.cat([matrix, shift[:, None]], 1)[None]
     flow = functional.affine_grid(theta, [1, 1, *shape], align_corners=False)
     cells = (2, dice.integer(3, 6), dice.integer(3, 6))
@@ -151,6 +151,11 @@ def render(dice: Dice, regions: Tensor, palette: Palette, jitter: float = 0.03) 
     image = image * (1 + palette.bias * dice.smooth(shape, (2, 3, 3)))
     image = image * (1 + palette.speckle * blur(dice.normal(*shape), 0.8))
     image = image + palette.noise * dice.log_uniform(0.7, 1.4) * dice.normal(*shape)
+    return exposed(dice, image, palette)
+
+
+def exposed(dice: Dice, image: Tensor, palette: Palette) -> Tensor:
+    """The image in [0, 1] with the contrast of a palette."""
     sample = image.flatten()[:: max(1, image.numel() // 20000)]
     low, high = torch.quantile(sample, torch.tensor([0.005, 0.995], device=image.device))
     image = ((image - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
@@ -174,7 +179,7 @@ def _grid(shape: tuple[int, int, int], device: torch.device) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
 
 
-def _rotation(angles: Tensor) -> Tensor:
+def rotation(angles: Tensor) -> Tensor:
     """Rotation matrix by `angles (3,)` in radians about the x, y and z axes of sampling coordinates."""
     generators = torch.tensor(
         [

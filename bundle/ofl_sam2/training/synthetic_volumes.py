@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ofl_sam2.training.synthetic import Anatomy, Dice, Palette, random_palette
+from ofl_sam2.training.synthetic import Anatomy, Dice, Palette, exposed, random_palette, rotation
 
 _BENDS = ((3, 4, 0.08), (5, 8, 0.03))
 
@@ -44,7 +44,7 @@ def _anatomy(dice: Dice, shape: tuple[int, ...], thickness: float) -> Anatomy:
     regions = _blurred(_fields(dice, tissues, shape, cells), dice.uniform(0.5, 1.5), thickness).argmax(0) + 1
     if dice.chance(0.5):
         radii = torch.tensor([dice.uniform(0.6, 1.3) for _ in range(3)], device=dice.device)
-        body = grid @ _rotation(dice, 3.0) / radii
+        body = grid @ rotation(3.0 * dice.normal(3)) / radii
         regions = torch.where(_rough(dice, body, 0.08, 6) < 1, regions, 0)
     for _ in range(dice.integer(3, 9)):
         value = _add_organ(dice, grid, regions, value)
@@ -57,7 +57,7 @@ def _add_organ(dice: Dice, grid: Tensor, regions: Tensor, value: int) -> int:
     size = dice.log_uniform(0.1, 0.5)
     radii = torch.tensor([size * dice.log_uniform(0.5, 2) for _ in range(3)], device=dice.device)
     centre = torch.tensor([dice.uniform(-0.7, 0.7) for _ in range(3)], device=dice.device)
-    local = (grid - centre + bend) @ _rotation(dice, 3.0) / radii
+    local = (grid - centre + bend) @ rotation(3.0 * dice.normal(3)) / radii
     level = _rough(dice, local, dice.uniform(0, 0.3), dice.integer(3, 9))
     inside, kind = level < 1, dice.uniform(0, 1)
     regions[inside] = value + 1
@@ -77,7 +77,7 @@ def _add_organ(dice: Dice, grid: Tensor, regions: Tensor, value: int) -> int:
 def _deformed(dice: Dice, regions: Tensor, strength: float) -> Tensor:
     """Another patient: turned, scaled, moved, and bent coarsely and finely."""
     shape = tuple(regions.shape)
-    matrix = _rotation(dice, 0.12 * strength) * (1 + 0.08 * strength * dice.normal(3))
+    matrix = rotation(0.12 * strength * dice.normal(3)) * (1 + 0.08 * strength * dice.normal(3))
     shift = 0.06 * strength * dice.normal(3)
     flow = functional.affine_grid(torch.cat([matrix, shift[:, None]], 1)[None], [1, 1, *shape], align_corners=False)
     for least, most, amplitude in _BENDS:
@@ -92,35 +92,24 @@ def _rendered(dice: Dice, regions: Tensor, palette: Palette, jitter: float, thic
     """Intensities, texture, partial volume, bias field, noise or speckle, contrast."""
     shape = tuple(regions.shape)
     image = (palette.mean + jitter * dice.normal(len(palette.mean)))[regions]
-    grain, coarse = palette.grain[regions], _fields(dice, 1, shape, (10, 10, 10))[0]
+    grain, coarse = palette.grain[regions], dice.smooth(shape, (10, 10, 10))
     image = image + palette.texture[regions] * (grain * dice.normal(*shape) + (1 - grain) * 2 * coarse)
     image = _blurred(image[None], 0.8 * palette.blur * dice.log_uniform(0.8, 1.25), thickness)[0]
-    image = image * (1 + palette.bias * _fields(dice, 1, shape, (3, 3, 3))[0])
+    image = image * (1 + palette.bias * dice.smooth(shape, (3, 3, 3)))
     if palette.speckle:
         image = image * (1 + palette.speckle * _blurred(dice.normal(1, *shape), 0.8, thickness)[0])
     image = image + palette.noise * dice.log_uniform(0.7, 1.4) * dice.normal(*shape)
-    ends = torch.tensor([0.005, 0.995], device=image.device)
-    low, high = torch.quantile(image.flatten()[::4], ends)
-    image = ((image - low) / (high - low).clamp_min(1e-6)).clamp(0, 1) ** (palette.gamma * dice.log_uniform(0.9, 1.1))
-    return 1 - image if palette.inverted else image
+    return exposed(dice, image, palette)
 
 
 def _fields(dice: Dice, count: int, shape: tuple[int, ...], cells: Sequence[int]) -> Tensor:
-    """Smooth noise `(count, x, y, z)` of unit order, interpolated from a coarse grid of `cells`."""
-    coarse = dice.normal(1, count, *cells)
-    return functional.interpolate(coarse, size=shape, mode="trilinear", align_corners=True)[0]
+    """Independent smooth noise `(count, x, y, z)`."""
+    return torch.stack([dice.smooth(shape, tuple(cells)) for _ in range(count)])
 
 
 def _rough(dice: Dice, local: Tensor, rough: float, lobes: int) -> Tensor:
     """Below 1 inside a unit sphere with an uneven surface."""
-    return local.norm(dim=-1) + rough * _fields(dice, 1, tuple(local.shape[:3]), 3 * (lobes,))[0]
-
-
-def _rotation(dice: Dice, angle: float) -> Tensor:
-    """Rotation by about `angle` radians about each axis."""
-    x, y, z = (angle * dice.normal(3)).tolist()
-    skew = torch.tensor([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]], device=dice.device)
-    return torch.linalg.matrix_exp(skew)
+    return local.norm(dim=-1) + rough * dice.smooth(tuple(local.shape[:3]), 3 * (lobes,))
 
 
 def _blurred(maps: Tensor, sigma: float, thickness: float) -> Tensor:

@@ -15,10 +15,10 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from ofl_sam2.atomic import atomic_path
-from ofl_sam2.errors import InputError
 from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import Trunk, adapted, dynunet
 from ofl_sam2.progress import CancelToken
+from ofl_sam2.training.checkpoint import resume
 from ofl_sam2.training.schedule import learning_rate
 from ofl_sam2.training.synthetic import Dice
 from ofl_sam2.training.synthetic_volumes import patients
@@ -45,18 +45,15 @@ class VoxelPretraining(nn.Module):
         self.log_ridge = nn.Parameter(torch.full((len(_LEVELS),), -4.6))
         self.register_buffer("step", torch.tensor(0))
         self.register_buffer("spent", torch.tensor(0.0, dtype=torch.float64))
-        self._flat: dict[Plan, Trunk] = {}
+        self._shapes: dict[Plan, Trunk] = {}
 
     def features(self, images: Tensor, plan: Plan) -> list[Tensor]:
         """Features `(B, C, x, y, z)` of images `(B, 1, x, y, z)` at each level, the finest first."""
-        if plan == CUBE:
-            found: list[Tensor] = self.trunk(images)
-            return found
-        if plan not in self._flat:
-            self._flat[plan] = Trunk(dynunet(plan, plan.shape, 1, 1, _DEEPEST))
-        flat, own = self._flat[plan], dict(self.trunk.named_parameters())
-        weights = {name: adapted(own[name], value.shape) for name, value in flat.named_parameters()}
-        return functional_call(flat, weights, (images,))
+        if plan not in self._shapes:
+            self._shapes[plan] = Trunk(dynunet(plan, plan.shape, 1, 1, _DEEPEST))
+        shape, own = self._shapes[plan], dict(self.trunk.named_parameters())
+        weights = {name: adapted(own[name], value.shape) for name, value in shape.named_parameters()}
+        return functional_call(shape, weights, (images,))
 
     def save(self, path: Path) -> None:
         """Write a checkpoint atomically."""
@@ -70,13 +67,8 @@ class VoxelPretraining(nn.Module):
         Raises:
             InputError: there is none, or it is damaged or of another network.
         """
-        if not path.is_file():
-            raise InputError(f"There is no checkpoint {path} to resume from. Leave --resume out to start anew.")
         state = cls()
-        try:
-            state.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-        except Exception as error:
-            raise InputError(f"The checkpoint {path} cannot be used: damaged, or of another version.") from error
+        resume(path, state.load_state_dict)
         return state
 
 
@@ -125,16 +117,16 @@ def pretrain_unet(
 
 def _batch(dice: Dice) -> tuple[Plan, Tensor, Tensor]:
     """Plan, images `(B, 1, x, y, z)` and structures `(B, x, y, z)`, 0 where none is; patients 2 i and 2 i + 1 match."""
-    plan, thickness, order = CUBE, 1.0, [0, 1, 2]
+    shape, thickness, order = CUBE.shape, 1.0, [0, 1, 2]
     if dice.chance(_FLAT_SHARE):
-        thickness = _THICKNESS[dice.integer(0, len(_THICKNESS) - 1)]
+        shape, thickness = _FLAT, _THICKNESS[dice.integer(0, len(_THICKNESS) - 1)]
         order = [[0, 1, 2], [0, 2, 1], [2, 0, 1]][dice.integer(0, 2)]
-        spacing = (1.0, 1.0, thickness)
-        plan = Plan(tuple(spacing[axis] for axis in order), tuple(_FLAT[axis] for axis in order))
+    spacing = (1.0, 1.0, thickness)
+    plan = Plan(tuple(spacing[axis] for axis in order), tuple(shape[axis] for axis in order))
     images: list[Tensor] = []
     structures: list[Tensor] = []
     while len(images) < 2 * _PAIRS:
-        pair = patients(dice, CUBE.shape if plan == CUBE else _FLAT, thickness)
+        pair = patients(dice, shape, thickness)
         numbers = _numbers(dice, [regions for _, regions in pair])
         if numbers is not None:
             images += [image.permute(order) for image, _ in pair]

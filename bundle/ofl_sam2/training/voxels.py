@@ -84,7 +84,7 @@ def fit_unet(
         cancel: to stop.
 
     Returns:
-        None if it was not accepted, or cancelled. One that has seen a single volume gets half the weight of others.
+        None if it was not accepted, or cancelled. One that has seen a single volume gets less weight (`trust`).
     """
     started = perf_counter()
     chosen = evenly(cases, MOST_VOLUMES)
