@@ -97,20 +97,3 @@ def test_slices_are_thin_or_thick_along_any_axis():
         assert structures.amax((1, 2, 3)).unflatten(0, (2, 2)).diff().eq(0).all()
         seen.add(plan.thick_axis)
     assert seen == {None, 0, 1, 2}
-
-
-def test_the_linear_map_is_the_weighted_ridge_regression():
-    rows = torch.cat([torch.randn(3, 50), torch.ones(1, 50)]).double()
-    truth = torch.randint(3, (50,))
-    classes = torch.nn.functional.one_hot(truth, 3).T.double()
-    found = voxel_pretraining._ridge(rows.float(), classes.long(), torch.tensor(0.5)).double()
-    weights = truth.bincount(minlength=3).double().rsqrt()[truth]
-    weights = weights / weights.sum()
-
-    def energy(solution):
-        residual = ((solution.T @ rows - classes) ** 2).sum(0) @ weights
-        return residual + 0.5 * (solution[:-1] ** 2).sum()
-
-    best = energy(found)
-    for _ in range(20):
-        assert energy(found + 1e-2 * torch.randn_like(found)) > best

@@ -67,7 +67,7 @@ def test_labels_that_are_kept_apart_are_learned_once_it_was_accepted(cases, monk
         return accepted and not unet.training
 
     unet = fit(cases, cases[:1], accept, steps=5)
-    assert seen == [1, 1, "asked", *([2] * 3 if accepted else [])]
+    assert seen == [*[1] * (voxels._FIRST_BATCHES + 2), "asked", *([2] * 3 if accepted else [])]
     assert (unet is not None) == accepted
 
 
@@ -128,6 +128,24 @@ def test_background_may_be_a_structure_that_is_not_labelled_in_its_case(cases):
     assert losses[1] > 10
     unet.net = Sure(1)
     assert voxels._loss(unet, images, torch.full_like(labels, 3), taught).item() == pytest.approx(0, abs=0.01)
+
+
+def test_heads_begin_with_what_the_features_tell_of_the_labels(cases):
+    unet = fit(cases, steps=1).train()
+    images = torch.randn(2, 1, *unet.patch)
+    labels, taught = (images > 1).float() + (images < -1) * 2, torch.ones(2, 2)
+    before = voxels._loss(unet, images, labels, taught)
+    voxels._begin_heads(unet, [(images[:1], labels[:1], taught[:1]), (images[1:], labels[1:], taught[1:])])
+    assert voxels._loss(unet, images, labels, taught) < 0.8 * before
+
+
+@pytest.mark.parametrize(("label", "taught"), [(3, (1, 1)), (0, (1, 0))])
+def test_heads_stay_as_they_are_where_nothing_is_known(cases, label, taught):
+    unet = fit(cases, steps=1).train()
+    images = torch.randn(1, 1, *unet.patch)
+    before = state_hash(unet)
+    voxels._begin_heads(unet, [(images, torch.full_like(images, label), torch.tensor([taught], dtype=torch.float))])
+    assert state_hash(unet) == before
 
 
 @pytest.mark.parametrize("count", [3, 200])

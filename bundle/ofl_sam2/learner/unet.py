@@ -42,6 +42,12 @@ class VoxelUNet(nn.Module):
         """Logits `(B, 1 + K, x, y, z)` of images `(B, C, x, y, z)`, background first; `(B, heads, ...)` in training."""
         return self.net(images)
 
+    @property
+    def heads(self) -> list[nn.Conv3d]:
+        """The linear maps to logits at full resolution, and at those below it that are supervised."""
+        net: Any = self.net
+        return [head.conv.conv for head in (net.output_block, *net.deep_supervision_heads)]
+
     @torch.no_grad()
     def probabilities(self, volume: Volume, values: Sequence[int], check: Callable[[], None]) -> Tensor:
         """Probabilities of structures in the grid of a volume, `(K, *grid)`, float16; NaN of those it does not know.

@@ -5,6 +5,7 @@ et al., ICLR 2019), and the features are trained for what it draws in the other 
 across thick ones the network has its kernels summed up, as where it starts for a user's labels.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import Trunk, adapted, dynunet
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.training.checkpoint import resume
+from ofl_sam2.training.closed_form import RIDGE, SCALE, linear_map
 from ofl_sam2.training.schedule import learning_rate
 from ofl_sam2.training.synthetic import Dice
 from ofl_sam2.training.synthetic_volumes import patients
@@ -41,8 +43,8 @@ class VoxelPretraining(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk = Trunk(dynunet(CUBE, CUBE.shape, 1, 1, _DEEPEST))
-        self.scale = nn.Parameter(torch.full((len(_LEVELS),), 8.0))
-        self.log_ridge = nn.Parameter(torch.full((len(_LEVELS),), -4.6))
+        self.scale = nn.Parameter(torch.full((len(_LEVELS),), SCALE))
+        self.log_ridge = nn.Parameter(torch.full((len(_LEVELS),), math.log(RIDGE)))
         self.register_buffer("step", torch.tensor(0))
         self.register_buffer("spent", torch.tensor(0.0, dtype=torch.float64))
         self._shapes: dict[Plan, Trunk] = {}
@@ -152,28 +154,14 @@ def _loss(state: VoxelPretraining, features: list[Tensor], structures: Tensor) -
     losses = []
     for level, (maps, weight) in enumerate(zip(features, _LEVELS, strict=True)):
         small = functional.interpolate(structures[:, None].float(), maps.shape[2:], mode="nearest-exact")
-        ones = torch.ones_like(small)
-        rows, truths = torch.cat([maps, ones], 1).flatten(2), small.flatten(1).long()
-        for learned in range(len(rows)):
+        rows, truths = maps.flatten(2), small.flatten(1).long()
+        for learned in range(len(maps)):
             drawn = learned ^ 1
             count = 1 + int(structures[[learned, drawn]].max())
-            solution = _ridge(rows[learned], functional.one_hot(truths[learned], count).T, state.log_ridge[level].exp())
-            logits = state.scale[level] * solution.T @ rows[drawn]
+            solution = linear_map(rows[learned], truths[learned], count, state.log_ridge[level].exp())
+            logits = state.scale[level] * (solution[:-1].T @ rows[drawn] + solution[-1, :, None])
             target = functional.one_hot(truths[drawn], count).T[1:]
             likely = logits.softmax(0)[1:]
             dice = (2 * (likely * target).sum(1) + 1) / (likely.sum(1) + target.sum(1) + 1)
             losses.append(weight * (functional.cross_entropy(logits[None], truths[drawn][None]) + (1 - dice).mean()))
     return torch.stack(losses).sum() / (sum(_LEVELS) * len(structures))
-
-
-def _ridge(rows: Tensor, classes: Tensor, ridge: Tensor) -> Tensor:
-    """The linear map `(C + 1, K)` from features `(C + 1, N)`, the last of them 1, to classes `(K, N)` of 0 and 1.
-
-    A class counts by the root of its voxels. The constant is not shrunk.
-    """
-    per_class = classes.sum(1).clamp(min=1).rsqrt()
-    weights = per_class @ classes.float()
-    weighted = rows * (weights / weights.sum())
-    shrunk = torch.ones(len(rows), device=rows.device)
-    shrunk[-1] = 0
-    return torch.linalg.solve(weighted @ rows.T + ridge * shrunk.diag(), weighted @ classes.T.float())

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,16 +27,17 @@ from torch.nn import functional
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.learner.load import begin_pretrained
 from ofl_sam2.learner.plan import Plan
-from ofl_sam2.learner.unet import MOST_VOXELS, VoxelUNet, at_time, in_order, times
+from ofl_sam2.learner.unet import MOST_VOXELS, Trunk, VoxelUNet, at_time, in_order, times
 from ofl_sam2.looks import Viewpoint
 from ofl_sam2.memory.pool import evenly
 from ofl_sam2.progress import CancelToken
+from ofl_sam2.training.closed_form import SCALE, linear_map
 from ofl_sam2.training.schedule import learning_rate
 
 MOST_VOLUMES, TRIED = 64, 0.4
 _LONE_TRUST = 0.75
-_BATCH = 2
-_RATE, _DECAY, _WARM_UP, _CLIP = 4e-3, 1e-4, 10, 12.0
+_BATCH, _FIRST_BATCHES = 2, 4
+_RATE, _DECAY, _WARM_UP, _CLIP = 8e-3, 1e-4, 10, 12.0
 _CHOICES = 10_000
 _KEYS, _INDICES = ("image", "label"), "label_cls_indices"
 
@@ -98,6 +99,7 @@ def fit_unet(
         samples = [*chain(*ready.values())]
         optimizer = torch.optim.AdamW(unet.parameters(), lr=_RATE, weight_decay=_DECAY)
         augment = Compose(augmentation(plan, unet.patch, len(unet.values))).set_random_state(seed)
+        _begin_heads(unet, [_batch(samples, augment) for _ in range(_FIRST_BATCHES)])
         step, done, accepted = 0, 0.0, False
         while not step or done < 1:
             if cancel and cancel.cancelled:
@@ -198,6 +200,30 @@ def augmentation(plan: Plan, patch: Sequence[int], structures: int) -> list[Tran
         RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
         RandSimulateLowResolutiond("image", prob=0.25),
     ]
+
+
+@torch.no_grad()
+def _begin_heads(unet: VoxelUNet, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Give each head the linear map, in closed form, from its features to what is labelled in some patches.
+
+    Background is left out where a structure is not labelled in the case.
+    """
+    trunk, device = Trunk(unet.net), next(unet.parameters()).device
+    unknown = 1 + len(unet.values)
+    features, classes = [], []
+    for images, labels, taught in batches:
+        told = (labels > 0) | (taught.amin(1) > 0)[:, None, None, None, None]
+        classes.append(torch.where(told, labels, unknown).to(device))
+        features.append(trunk(images.to(device)))
+    drawn = torch.cat(classes)
+    for head, *maps in zip(unet.heads, *features, strict=False):
+        rows = torch.cat(maps).transpose(0, 1).flatten(1)
+        numbers = functional.interpolate(drawn, maps[0].shape[2:], mode="nearest-exact").flatten().long()
+        known = numbers < unknown
+        if known.any():
+            solution = SCALE * linear_map(rows[:, known], numbers[known], unknown)
+            head.weight.copy_(solution[:-1].T[:, :, None, None, None])
+            cast(Tensor, head.bias).copy_(solution[-1])
 
 
 def _batch(samples: Sequence[_Sample], augment: Compose) -> tuple[Tensor, Tensor, Tensor]:
