@@ -61,9 +61,25 @@ def test_what_is_likelier_than_the_threshold_is_drawn(make_drawing):
     for threshold in (0.1, 0.4, 0.9):
         drawing = make_drawing(volume, threshold=threshold)
         canvas = Canvas(volume.grid, (1, 2), overlap=False, repaint=False)
-        drawing._paint(canvas, itemgetter(()), (1, 2), probabilities, probabilities)
+        drawing._paint(canvas, itemgetter(()), (1, 2), probabilities, probabilities, (1.0, 1.0, 1.0))
         assert np.array_equal(canvas.labels == 1, probabilities[0].numpy() > threshold)
         assert not (canvas.labels == 2).any()
+
+
+def test_the_quality_counts_the_probabilities_of_the_unet_by_its_weight_where_it_knows(make_drawing):
+    volume = Volume(np.zeros((9, 9, 5), np.float32), np.eye(4), "a")
+    drawing = make_drawing(volume)
+    drawing.unet_weight = 0.25
+    found = torch.full((2, 9, 9, 5), 0.6)
+    second = torch.stack([torch.ones(9, 9, 5), torch.full((9, 9, 5), torch.nan)])
+    canvas = Canvas(volume.grid, (1, 2), overlap=True, repaint=False)
+    drawing._paint(canvas, itemgetter(()), (1, 2), found, found, (1.0, 1.0, 1.0), second)
+    assert drawing.quality.of(drawing.confidence).tolist() == pytest.approx([0.7**0.5, 0.6**0.5])
+
+
+def test_widths_are_the_same_in_mm_along_space_and_none_along_time(make_drawing):
+    thick = Volume(np.zeros((9, 8, 5, 3), np.float32), np.diag([2.0, 1.0, 4.0, 1.0]), "a")
+    assert make_drawing(thick)._widths(1.0) == [0.5, 1.0, 0.25, 0.0]
 
 
 def test_scores_are_positive_from_the_threshold_on_and_where_the_unet_is_surer():

@@ -18,7 +18,7 @@ from ofl_sam2.looks import Viewpoint, windows
 from ofl_sam2.memory.pool import View, describe
 from ofl_sam2.progress import Watch
 from ofl_sam2.propagation import LearnedView, Propagation, SegmentedSlice
-from ofl_sam2.quality import ExpectedDice
+from ofl_sam2.quality import Quality
 from ofl_sam2.volume import SliceStack, Volume
 from ofl_sam2.window import Window
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MAX_AVERAGED = 64 << 20
 CLOSE_UPS = 2
-_EPS = 1e-6
+_EPS, _SURFACE = 1e-6, 1.0
 
 
 class Drawing:
@@ -39,7 +39,7 @@ class Drawing:
         self.grey = intensity_for(volume)
         self.main = viewpoint.stack(volume)
         self.confidence = torch.zeros(len(self.main), len(self.values))
-        self.expected = ExpectedDice(len(self.values))
+        self.quality = Quality(len(self.values))
         self.overview: Tensor | None = None
         self.by_unet: Tensor | None = None
         self.unet_weight = 0.0
@@ -67,7 +67,7 @@ class Drawing:
         if self.overview is not None and rest:
             canvas.erase(rest)
             self._look(canvas, None, rest, overview=False)
-        return canvas, self.expected.quality(self.confidence).tolist()
+        return canvas, self.quality.of(self.confidence).tolist()
 
     def _look(self, canvas: Canvas, window: Window | None, values: tuple[int, ...], overview: bool) -> None:
         """Draw structures from all views of the volume or a window, from the main one alone for an overview."""
@@ -75,11 +75,12 @@ class Drawing:
         usable = {view: stack for view, stack in stacks.items() if self._can_show(view, values)}
         grid = next(iter(stacks.values())).volume.grid
         region, rows = window.slices if window else (), [self.values.index(value) for value in values]
-        self.expected.forget(rows)
+        self.quality.forget(rows)
         if not is_averaged(grid, len(values)):
             main, stack = next((view, stack) for view, stack in usable.items() if view.axis is None)
             for index, probability in self._probabilities(main, stack, values, window):
-                self._paint(canvas, partial(_slice_of, stack, region, index), values, probability, probability)
+                part = partial(_slice_of, stack, region, index)
+                self._paint(canvas, part, values, probability, probability, (_SURFACE, _SURFACE))
             return
         seen = None if window else self.overview
         if overview or seen is not None:
@@ -95,7 +96,7 @@ class Drawing:
         elif window and self.overview is not None:
             total = (total + self.overview[rows][(slice(None), *region)]) / 2
         second = None if self.by_unet is None else self.by_unet[rows][(slice(None), *region)].float()
-        self._paint(canvas, itemgetter(region), values, total, self._smoothed(total), second)
+        self._paint(canvas, itemgetter(region), values, total, self._smoothed(total), self._widths(_SURFACE), second)
 
     def _probabilities(
         self, view: View, stack: SliceStack, values: tuple[int, ...], window: Window | None
@@ -106,14 +107,21 @@ class Drawing:
             yield result.index, stack.restore(result.logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT).cpu()).sigmoid()
 
     def _smoothed(self, probabilities: Tensor) -> Tensor:
-        """Probabilities `(k, *grid)` after a Gaussian of the same width in mm along all axes of space."""
-        spacing = np.array(self.volume.spacing[: len(self.volume.spatial_shape)])
-        sigma = np.zeros(probabilities.ndim - 1)
-        sigma[: len(spacing)] = self.segmenter.settings.smoothing * spacing.min() / spacing
-        smooth = torch.empty_like(probabilities)
+        """Probabilities `(k, *grid)` after a Gaussian."""
+        widths, smooth = self._widths(self.segmenter.settings.smoothing), torch.empty_like(probabilities)
         for row, target in zip(probabilities.numpy(), smooth.numpy(), strict=True):
-            gaussian_filter(row, sigma, output=target, mode="nearest")
+            gaussian_filter(row, widths, output=target, mode="nearest")
         return smooth
+
+    def _widths(self, voxels: float) -> list[float]:
+        """Standard deviations, in voxels of each axis, of a Gaussian as wide in mm along all axes of space.
+
+        Along the finest it is so many voxels wide, along time not at all.
+        """
+        spacing = np.array(self.volume.spacing[: len(self.volume.spatial_shape)])
+        widths = np.zeros(len(self.volume.grid))
+        widths[: len(spacing)] = voxels * spacing.min() / spacing
+        return list(widths.tolist())
 
     def _paint(
         self,
@@ -122,11 +130,14 @@ class Drawing:
         values: tuple[int, ...],
         probabilities: Tensor,
         smooth: Tensor,
+        surface: Sequence[float],
         second: Tensor | None = None,
     ) -> None:
-        """Draw what is smoothly likelier than the threshold, and count what Dice the probabilities let expect of it."""
+        """Draw what is smoothly likelier than the threshold, and count the quality of what is drawn."""
         scores = scored(smooth, self.segmenter.settings.threshold, second, self.unet_weight)
-        self.expected.add([self.values.index(value) for value in values], probabilities, scores > 0)
+        if second is not None:
+            probabilities = torch.where(second.isnan(), probabilities, probabilities.lerp(second, self.unet_weight))
+        self.quality.add([self.values.index(value) for value in values], probabilities, scores > 0, surface)
         canvas.paint(part, scores, values)
 
     def _propagate(

@@ -1,6 +1,9 @@
 """How far to trust a result: confidence per slice, quality per structure and volume."""
 
+from collections.abc import Sequence
+
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from ofl_sam2.backbone.frozen import Decoded
@@ -16,27 +19,36 @@ def confidence(decoded: Decoded) -> Tensor:
     return torch.where(decoded.presence > 0, presence * decoded.iou, 1 - presence)
 
 
-class ExpectedDice:
-    """Quality of K structures: the Dice that their probabilities let expect of what is drawn.
+class Quality:
+    """Quality of K structures: how sure their voxels are, and how far they lie from where a mask may be wrong.
 
-    The sum of 2 p over the voxels drawn, divided by their number plus the sum of p over all voxels. Where views agree,
-    probabilities are near 0 or 1, and this is near 1.
+    The geometric mean of two means over the drawn voxels: of their probabilities, and of the mask after a Gaussian,
+    the Dice that is left where the surface is as uncertain as that. It is lower for small and thin structures.
     """
 
     def __init__(self, count: int) -> None:
-        self._agreed, self._total = torch.zeros(count), torch.zeros(count)
+        self._sure, self._inside, self._drawn = torch.zeros(count), torch.zeros(count), torch.zeros(count)
 
     def forget(self, rows: list[int]) -> None:
         """Start anew for some structures."""
-        self._agreed[rows] = self._total[rows] = 0
+        self._sure[rows] = self._inside[rows] = self._drawn[rows] = 0
 
-    def add(self, rows: list[int], probabilities: Tensor, masks: Tensor) -> None:
-        """Count probabilities and drawn masks `(k, ...)` of some structures in a part of the volume."""
-        probability, drawn = probabilities.flatten(1), masks.flatten(1)
-        self._agreed[rows] += 2 * (probability * drawn).sum(1)
-        self._total[rows] += drawn.sum(1) + probability.sum(1)
+    def add(self, rows: list[int], probabilities: Tensor, masks: Tensor, widths: Sequence[float]) -> None:
+        """Count a part of the volume.
 
-    def quality(self, confidences: Tensor) -> Tensor:
+        Args:
+            rows: of the k structures.
+            probabilities: `(k, ...)`.
+            masks: what is drawn, bool, `(k, ...)`.
+            widths: of the Gaussian in voxels, one for each axis of a mask.
+        """
+        for row, probability, mask in zip(rows, probabilities, masks, strict=True):
+            inside = torch.from_numpy(gaussian_filter(mask.float().numpy(), widths, mode="nearest"))
+            self._sure[row] += probability[mask].sum()
+            self._inside[row] += inside[mask].sum()
+            self._drawn[row] += mask.sum()
+
+    def of(self, confidences: Tensor) -> Tensor:
         """Quality `(K,)` in [0, 1]; of a structure that was not drawn the mean of its `confidences (S, K)`."""
-        drawn = self._agreed > 0
-        return torch.where(drawn, self._agreed / self._total.clamp_min(1e-6), confidences.mean(0))
+        quality = (self._sure * self._inside).sqrt() / self._drawn.clamp_min(1)
+        return torch.where(self._drawn > 0, quality.clamp(max=1), confidences.mean(0))
