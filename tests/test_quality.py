@@ -45,6 +45,17 @@ def test_a_large_structure_drawn_for_sure_is_good_an_open_or_a_small_one_is_not(
     assert small < 0.7
 
 
+@pytest.mark.parametrize(
+    "part", [(slice(8, 20), slice(9, 22)), (slice(0, 3), slice(25, 30)), (slice(2, 3), slice(5, 6))]
+)
+def test_every_voxel_counts_as_far_as_the_gaussian_of_the_whole_mask_covers_it(part):
+    masks = torch.zeros(1, 30, 30, dtype=torch.bool)
+    masks[0][part] = True
+    masks[0, 14, 14] = True
+    blurred = torch.from_numpy(gaussian_filter(masks[0].float().numpy(), WIDTHS, mode="nearest"))
+    assert quality(masks.float(), masks)[0] == pytest.approx(blurred[masks[0]].mean().sqrt().item(), abs=1e-6)
+
+
 def test_an_uncertain_surface_leaves_the_dice_of_the_blurred_mask():
     masks = torch.zeros(1, 30, 30, dtype=torch.bool)
     masks[0, 8:20, 9:22] = True

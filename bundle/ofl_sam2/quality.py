@@ -1,12 +1,15 @@
 """How far to trust a result: confidence per slice, quality per structure and volume."""
 
+import math
 from collections.abc import Sequence
 
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import find_objects, gaussian_filter
 from torch import Tensor
 
 from ofl_sam2.backbone.frozen import Decoded
+
+_TRUNCATE = 4.0
 
 
 def confidence(decoded: Decoded) -> Tensor:
@@ -42,11 +45,16 @@ class Quality:
             masks: what is drawn, bool, `(k, ...)`.
             widths: of the Gaussian in voxels, one for each axis of a mask.
         """
+        reaches = [math.ceil(_TRUNCATE * width) for width in widths]
         for row, probability, mask in zip(rows, probabilities, masks, strict=True):
-            inside = torch.from_numpy(gaussian_filter(mask.float().numpy(), widths, mode="nearest"))
-            self._sure[row] += probability[mask].sum()
-            self._inside[row] += inside[mask].sum()
-            self._drawn[row] += mask.sum()
+            for box in find_objects(mask.byte().numpy()):
+                ends = zip(box, reaches, strict=True)
+                near = tuple(slice(max(0, side.start - reach), side.stop + reach) for side, reach in ends)
+                drawn = mask[near]
+                blurred = gaussian_filter(drawn.float().numpy(), widths, mode="nearest", truncate=_TRUNCATE)
+                self._sure[row] += probability[near][drawn].sum()
+                self._inside[row] += torch.from_numpy(blurred)[drawn].sum()
+                self._drawn[row] += drawn.sum()
 
     def of(self, confidences: Tensor) -> Tensor:
         """Quality `(K,)` in [0, 1]; of a structure that was not drawn the mean of its `confidences (S, K)`."""
