@@ -11,7 +11,9 @@ CUBE, FLAT = ((20, 20, 20), 1.0), ((32, 24, 8), 4.0)
 
 
 def draw(seed, shape, thickness):
-    return patients(Dice(Generator().manual_seed(seed)), shape, thickness)
+    tissues, pair = patients(Dice(Generator().manual_seed(seed)), shape, thickness)
+    assert 3 <= tissues <= 10
+    return pair
 
 
 @pytest.mark.parametrize("form", [CUBE, FLAT])

@@ -15,8 +15,8 @@ from ofl_sam2.training.synthetic import Anatomy, Dice, Palette, exposed, random_
 _BENDS = ((3, 4, 0.08), (5, 8, 0.03))
 
 
-def patients(dice: Dice, shape: tuple[int, ...], thickness: float = 1.0) -> list[tuple[Tensor, Tensor]]:
-    """Image and regions of two patients.
+def patients(dice: Dice, shape: tuple[int, ...], thickness: float = 1.0) -> tuple[int, list[tuple[Tensor, Tensor]]]:
+    """How many of the regions are tissues, the first ones, and image and regions of two patients.
 
     Args:
         dice: draws.
@@ -31,7 +31,7 @@ def patients(dice: Dice, shape: tuple[int, ...], thickness: float = 1.0) -> list
         regions = _deformed(dice, anatomy.regions, strength)
         image = _rendered(dice, regions, palette, jitter, thickness)
         both.append(((image - image.mean()) / image.std().clamp_min(1e-6), regions))
-    return both
+    return anatomy.tissues, both
 
 
 def _anatomy(dice: Dice, shape: tuple[int, ...], thickness: float) -> Anatomy:
@@ -61,12 +61,12 @@ def _add_organ(dice: Dice, grid: Tensor, regions: Tensor, value: int) -> int:
     level = _rough(dice, local, dice.uniform(0, 0.3), dice.integer(3, 9))
     inside, kind = level < 1, dice.uniform(0, 1)
     regions[inside] = value + 1
-    if kind < 0.2:
-        further = level < dice.uniform(0.5, 0.85)
-    elif kind < 0.45:
+    if kind < 0.35:
+        further = level < dice.uniform(0.5, 0.9)
+    elif kind < 0.55:
         direction = functional.normalize(dice.normal(3), dim=0)
         further = inside & (local @ direction > dice.uniform(-0.4, 0.4))
-    elif kind < 0.6:
+    elif kind < 0.7:
         further = inside.flip(dice.integer(0, 2))
     else:
         return value + 1

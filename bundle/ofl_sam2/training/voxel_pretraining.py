@@ -26,9 +26,9 @@ from ofl_sam2.training.synthetic import Dice
 from ofl_sam2.training.synthetic_volumes import patients
 
 CUBE = Plan((1.0, 1.0, 1.0), (40, 40, 40))
-_FLAT, _THICKNESS, _FLAT_SHARE = (64, 64, 12), (3.0, 4.0, 6.0), 0.4
+_FLAT, _THICKNESS, _FLAT_SHARE = (96, 96, 8), (3.0, 5.0, 8.0), 0.5
 _DEEPEST = 3
-_PAIRS, _MOST_STRUCTURES, _LEAST_VOXELS = 2, 8, 30
+_PAIRS, _MOST_STRUCTURES, _LEAST_VOXELS, _ORGANS_SHARE = 2, 8, 30, 0.7
 _RATE, _DECAY, _WARM_UP, _CLIP = 2e-3, 1e-4, 30, 12.0
 _LEVELS = (1.0, 0.5, 0.25)
 _CHECKPOINT_SECONDS = 120
@@ -128,18 +128,22 @@ def _batch(dice: Dice) -> tuple[Plan, Tensor, Tensor]:
     images: list[Tensor] = []
     structures: list[Tensor] = []
     while len(images) < 2 * _PAIRS:
-        pair = patients(dice, shape, thickness)
-        numbers = _numbers(dice, [regions for _, regions in pair])
+        tissues, pair = patients(dice, shape, thickness)
+        numbers = _numbers(dice, [regions for _, regions in pair], tissues if dice.chance(_ORGANS_SHARE) else 0)
         if numbers is not None:
             images += [image.permute(order) for image, _ in pair]
             structures += [numbers[regions].permute(order) for _, regions in pair]
     return plan, torch.stack(images)[:, None], torch.stack(structures)
 
 
-def _numbers(dice: Dice, pair: list[Tensor]) -> Tensor | None:
-    """Region -> number of a structure from 1, 0 where it is not drawn; None if both patients share no region."""
+def _numbers(dice: Dice, pair: list[Tensor], skipped: int) -> Tensor | None:
+    """Region -> number of a structure from 1, 0 where it is not drawn; None if both patients share no region.
+
+    The first regions are `skipped`.
+    """
     counts = torch.stack([regions.flatten().bincount(minlength=64) for regions in pair])
     usable = (counts.amin(0) >= _LEAST_VOXELS) & (counts[0] < 0.5 * pair[0].numel())
+    usable[: 1 + skipped] = usable[: 1 + skipped] & (skipped == 0)
     regions = usable.nonzero().flatten()
     if not len(regions):
         return None
