@@ -102,8 +102,6 @@ def test_volumes_that_are_not_averaged_go_without_the_unet(make_drawing, monkeyp
     drawing, asked = make_drawing(volume), []
 
     class Asked:
-        trust = 0.5
-
         def probabilities(self, *_):
             asked.append(1)
             return torch.zeros(2, 9, 9, 5)
@@ -117,4 +115,4 @@ def test_volumes_that_are_not_averaged_go_without_the_unet(make_drawing, monkeyp
     with torch.no_grad():
         drawing.run()
     assert asked
-    assert drawing.unet_weight == 0.2
+    assert drawing.unet_weight == 0.4

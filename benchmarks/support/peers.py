@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.learner.plan import Plan, rounded_up
-from ofl_sam2.learner.unet import PATCH_VOXELS, dynunet
+from ofl_sam2.learner.unet import dynunet
 from ofl_sam2.training.voxels import augmentation
 from ofl_sam2.volume import Volume
 
 from .peer_data import image_sample, labelled_part, labelled_sample, restored
 
 BOTH = ("image", "label")
+_PATCH_VOXELS = 160_000
 
 
 class DynUNetPeer:
@@ -50,7 +51,7 @@ class DynUNetPeer:
 
     def __init__(self, plan: Plan, classes: int) -> None:
         self.plan, self.classes = plan, classes
-        self.roi = plan.patch(PATCH_VOXELS)
+        self.roi = plan.patch(_PATCH_VOXELS)
 
     def network(self) -> nn.Module:
         return dynunet(self.plan, self.roi, 1, self.classes)
@@ -82,7 +83,7 @@ class DynUNetPeer:
         return Compose(steps)
 
     def augment(self) -> Compose:
-        return Compose([*augmentation(self.plan, self.roi, self.classes - 1), SelectItemsd(BOTH)])
+        return Compose([*augmentation(self.plan, self.roi, self.classes - 1, 0.15), SelectItemsd(BOTH)])
 
 
 class SegResNetPeer:

@@ -51,7 +51,7 @@ class Drawing:
         unet = self.segmenter.active_unet
         if unet and is_averaged(self.volume.grid, len(self.values)):
             self.by_unet = unet.probabilities(self.volume, self.values, self.watch.check)
-            self.unet_weight = self.segmenter.settings.unet * unet.trust
+            self.unet_weight = self.segmenter.settings.unet
         canvas = Canvas(self.volume.grid, self.values, self.segmenter.settings.overlap, repaint=bool(magnified))
         self._look(canvas, None, self.values, overview=bool(magnified))
         seen: list[tuple[Window, tuple[int, ...]]] = []

@@ -133,10 +133,11 @@ PLAN = Plan((1.0, 1.0, 4.0), (24, 20, 6))
 
 @pytest.mark.parametrize(("values", "colour"), [((1,), False), ((3, 200), True)])
 def test_a_unet_comes_back_with_its_plan_structures_and_values(tmp_path, values, colour):
-    unet, path = VoxelUNet(PLAN, values, colour, 0.5), tmp_path / "unet.safetensors"
+    unet, path = VoxelUNet(PLAN, values, colour, 1500), tmp_path / "unet.safetensors"
     path.write_bytes(unet_bytes(unet))
     loaded = read_unet(path)
-    assert (loaded.plan, loaded.values, loaded.colour, loaded.trust) == (PLAN, values, colour, 0.5)
+    assert (loaded.plan, loaded.values, loaded.colour) == (PLAN, values, colour)
+    assert loaded.patch == unet.patch != VoxelUNet(PLAN, values).patch
     assert not loaded.training
     for name, value in unet.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
@@ -157,9 +158,8 @@ def test_a_unet_comes_back_with_its_plan_structures_and_values(tmp_path, values,
         {"values": "[1, 1]"},
         {"values": "7"},
         {"values": '["x"]'},
-        {"trust": "0"},
-        {"trust": "NaN"},
-        {"trust": "null"},
+        {"patch_voxels": "0"},
+        {"patch_voxels": "99999999"},
     ],
 )
 def test_a_header_that_describes_no_unet_is_refused(tmp_path, header):
@@ -170,11 +170,12 @@ def test_a_header_that_describes_no_unet_is_refused(tmp_path, header):
         read_unet(path)
 
 
-def test_a_unet_without_a_word_on_trust_is_trusted(tmp_path):
-    path, unet = tmp_path / "unet.safetensors", VoxelUNet(PLAN, (1, 2))
-    header = {"spacing": "[1, 1, 4]", "shape": "[24, 20, 6]", "values": "[1, 2]", "colour": "false"}
+def test_a_unet_without_a_word_on_patches_is_one_of_former_times(tmp_path):
+    plan = Plan((1.0, 1.0, 4.0), (256, 256, 12))
+    path, unet = tmp_path / "unet.safetensors", VoxelUNet(plan, (1, 2), patch_voxels=160_000)
+    header = {"spacing": "[1, 1, 4]", "shape": "[256, 256, 12]", "values": "[1, 2]", "colour": "false"}
     path.write_bytes(save(unet.state_dict(), header))
-    assert read_unet(path).trust == 1
+    assert read_unet(path).patch == unet.patch != VoxelUNet(plan, (1, 2)).patch
 
 
 def test_a_unet_of_other_structures_than_its_header_says_is_refused(tmp_path):

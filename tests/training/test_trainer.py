@@ -259,7 +259,7 @@ def test_a_unet_is_fitted_afterwards_and_kept_if_it_helps_what_was_kept(build, c
     slices = iter([0.5, 0.6 if better else 0.4])
     apart = iter([0.55, 0.65, 0.7 if helps else 0.6])
 
-    def dice(held_out, of, seconds=None, trust=1):
+    def dice(held_out, of, seconds=None):
         asked.append(seconds)
         return next(slices if View(0) in {view for view, _ in held_out.rows} else apart)
 

@@ -52,6 +52,30 @@ def test_time_and_steps_bound_it_and_progress_is_told(cases, monkeypatch):
     assert len(steps) == 1
 
 
+@pytest.mark.parametrize(("room", "size"), [(10**6, 2), (1, 1)])
+def test_small_patches_come_in_pairs_and_large_ones_alone(cases, monkeypatch, room, size):
+    seen, loss = [], voxels._loss
+    monkeypatch.setattr(voxels, "PATCH_VOXELS", room)
+    monkeypatch.setattr(
+        voxels, "_loss", lambda unet, images, *rest: seen.append(len(images)) or loss(unet, images, *rest)
+    )
+    fit(cases)
+    assert seen == [size, size]
+
+
+def test_shading_is_slow_and_leaves_what_is_darkest():
+    image = torch.linspace(-1, 2, 64 * 64 * 8).reshape(1, 64, 64, 8)
+    shading = voxels._Shading().set_random_state(0)
+    shaded = [shading({"image": image, "label": 3})["image"] for _ in range(20)]
+    changed = [one for one in shaded if not torch.allclose(one, image, atol=1e-5)]
+    assert 0 < len(changed) < 20
+    for one in changed:
+        factor = (one + 1)[0, 32:] / (image + 1)[0, 32:]
+        assert one.amin() == pytest.approx(-1, abs=1e-3)
+        assert factor.std() > 0.01
+        assert factor.diff(dim=1).abs().amax() < 0.3
+
+
 def test_it_can_be_cancelled(cases):
     token = CancelToken()
     assert fit(cases, steps=5, report=lambda *_: token.cancel(), cancel=token) is None
@@ -60,19 +84,15 @@ def test_it_can_be_cancelled(cases):
 @pytest.mark.parametrize("accepted", [True, False])
 def test_labels_that_are_kept_apart_are_learned_once_it_was_accepted(cases, monkeypatch, accepted):
     seen, batch = [], voxels._batch
-    monkeypatch.setattr(voxels, "_batch", lambda samples, augment: seen.append(len(samples)) or batch(samples, augment))
+    monkeypatch.setattr(voxels, "_batch", lambda samples, *rest: seen.append(len(samples)) or batch(samples, *rest))
 
     def accept(unet):
         seen.append("asked")
         return accepted and not unet.training
 
     unet = fit(cases, cases[:1], accept, steps=5)
-    assert seen == [*[1] * (voxels._FIRST_BATCHES + 2), "asked", *([2] * 3 if accepted else [])]
+    assert seen == [*[1] * (voxels._FIRST_PATCHES // 2 + 2), "asked", *([2] * 3 if accepted else [])]
     assert (unet is not None) == accepted
-
-
-def test_one_that_has_seen_a_single_volume_is_trusted_less(cases):
-    assert (fit(cases[:1]).trust, fit(cases, cases[:1]).trust) == (0.75, 1)
 
 
 @pytest.mark.parametrize("axes", ["as stored", "turned"])

@@ -18,6 +18,7 @@ from ofl_sam2.learner.unet import MOST_VOXELS, Trunk, VoxelUNet
 WEIGHTS = Path(__file__).parents[1] / "weights"
 _MOST_CHANNELS = 4096
 _MOST_STRUCTURES = 255
+_FORMER_PATCH_VOXELS = 160_000
 
 
 def shipped_learner(backbone: str, channels: int) -> FewShotLearner:
@@ -44,7 +45,7 @@ def learner_bytes(learner: FewShotLearner) -> bytes:
 
 def unet_bytes(unet: VoxelUNet) -> bytes:
     """As `learner_bytes`, of a U-Net."""
-    shape = {name: getattr(unet, name) for name in ("values", "colour", "trust")} | asdict(unet.plan)
+    shape = {name: getattr(unet, name) for name in ("values", "colour", "patch_voxels")} | asdict(unet.plan)
     return _bytes(unet, {name: json.dumps(value) for name, value in shape.items()})
 
 
@@ -87,16 +88,17 @@ def read_unet(path: Path, sha256: str | None = None) -> VoxelUNet:
         with safe_open(path, "pt") as file:
             header = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
         spacing, values = tuple(map(float, header["spacing"])), tuple(map(int, header["values"]))
-        shape, colour, trust = tuple(map(int, header["shape"])), bool(header["colour"]), float(header.get("trust", 1))
+        shape, colour = tuple(map(int, header["shape"])), bool(header["colour"])
+        patch_voxels = int(header.get("patch_voxels", _FORMER_PATCH_VOXELS))
         if len(spacing) != 3 or not all(math.isfinite(step) and step > 0 for step in spacing):
             raise ValueError(f"spacing {spacing}")
         if len(shape) != 3 or not (min(shape) > 0 and math.prod(shape) <= MOST_VOXELS):
             raise ValueError(f"shape {shape}")
         if not 0 < len(values) == len(set(values)) <= _MOST_STRUCTURES:
             raise ValueError(f"{len(values)} structures")
-        if not 0 < trust <= 1:
-            raise ValueError(f"trust {trust}")
-        unet = VoxelUNet(Plan(spacing, shape), values, colour, trust)
+        if not 0 < patch_voxels <= MOST_VOXELS:
+            raise ValueError(f"patches of {patch_voxels} voxels")
+        unet = VoxelUNet(Plan(spacing, shape), values, colour, patch_voxels)
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path} is no U-Net (header: {error}). Train again.") from error
     load_strict(unet, state, source=str(path))

@@ -14,7 +14,7 @@ from ofl_sam2.intensity import intensity_for
 from ofl_sam2.learner.plan import Plan, ordered_grid, ordered_spacing
 from ofl_sam2.volume import Volume, canonical_view
 
-PATCH_VOXELS, MOST_VOXELS = 160_000, 2 << 20
+PATCH_VOXELS, MOST_VOXELS = 320_000, 2 << 20
 _FILTERS, _MOST_FILTERS = 16, 320
 _LEAST_LEVELS = 3
 _OVERLAP = 0.5
@@ -27,13 +27,15 @@ class VoxelUNet(nn.Module):
         plan: its grid.
         values: label values of the structures.
         colour: it sees three channels instead of one.
-        trust: share of `Settings.unet` that it gets, in (0, 1].
+        patch_voxels: most voxels of a patch.
     """
 
-    def __init__(self, plan: Plan, values: Sequence[int], colour: bool = False, trust: float = 1.0) -> None:
+    def __init__(
+        self, plan: Plan, values: Sequence[int], colour: bool = False, patch_voxels: int = PATCH_VOXELS
+    ) -> None:
         super().__init__()
-        self.plan, self.values, self.colour, self.trust = plan, tuple(values), colour, trust
-        self.patch = plan.patch(PATCH_VOXELS)
+        self.plan, self.values, self.colour = plan, tuple(values), colour
+        self.patch_voxels, self.patch = patch_voxels, plan.patch(patch_voxels)
         self.net = dynunet(plan, self.patch, 3 if colour else 1, 1 + len(self.values))
         # DynUNet registers its layers a second time, and safetensors refuses shared tensors.
         object.__setattr__(self.net, "skip_layers", self.net._modules.pop("skip_layers"))

@@ -54,21 +54,18 @@ class HeldOut:
         return replace(case, labelled_slices=left.slices) if left else None
 
     @torch.no_grad()
-    def dice(
-        self, segmenter: VolumeSegmenter, seconds: Mapping[str, Tensor] | None = None, trust: float = 1.0
-    ) -> float | None:
+    def dice(self, segmenter: VolumeSegmenter, seconds: Mapping[str, Tensor] | None = None) -> float | None:
         """Mean Dice of held-out slices, each case segmented from the other cases, a lone one from its other slices.
 
         Args:
             segmenter: what to score; its own U-Net is not asked.
             seconds: what a U-Net says of each case, see `drawn_by`; only where rows are of the main view alone.
-            trust: `VoxelUNet.trust` of it.
 
         Returns:
             In [0, 1], at logit size; None where nothing could be scored.
         """
         scores: list[float] = []
-        weight = segmenter.settings.unet * trust
+        weight = segmenter.settings.unet
         for (view, key), rows in self.rows.items():
             pool = segmenter.pools[view]
             case = pool.cases[key]

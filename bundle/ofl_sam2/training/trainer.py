@@ -233,7 +233,7 @@ class _Judge:
         apart = [case for case in self.cases if (MAIN, case.volume.name) in self.held_out.rows]
         seconds = self.held_out.drawn_by(unet, self.segmenter, apart)
         without = self.held_out.dice(self.segmenter)
-        self.dice = self.held_out.dice(self.segmenter, seconds, unet.trust)
+        self.dice = self.held_out.dice(self.segmenter, seconds)
         return without is not None and self.dice is not None and self.dice > without
 
 

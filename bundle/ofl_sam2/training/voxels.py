@@ -1,6 +1,7 @@
 """Fit the pretrained 3D U-Net to labelled volumes, by nnU-Net's recipe (Isensee et al., 2021)."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from time import perf_counter
@@ -14,6 +15,7 @@ from monai.transforms import (
     Rand3DElasticd,
     RandAdjustContrastd,
     RandAffined,
+    RandBiasFieldd,
     RandCropByLabelClassesd,
     RandGaussianNoised,
     RandGaussianSmoothd,
@@ -27,7 +29,7 @@ from torch.nn import functional
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.learner.load import begin_pretrained
 from ofl_sam2.learner.plan import Plan
-from ofl_sam2.learner.unet import MOST_VOXELS, Trunk, VoxelUNet, at_time, in_order, times
+from ofl_sam2.learner.unet import MOST_VOXELS, PATCH_VOXELS, Trunk, VoxelUNet, at_time, in_order, times
 from ofl_sam2.looks import Viewpoint
 from ofl_sam2.memory.pool import evenly
 from ofl_sam2.progress import CancelToken
@@ -35,8 +37,7 @@ from ofl_sam2.training.closed_form import SCALE, linear_map
 from ofl_sam2.training.schedule import learning_rate
 
 MOST_VOLUMES, TRIED = 64, 0.4
-_LONE_TRUST = 0.75
-_BATCH, _FIRST_BATCHES = 2, 4
+_MOST_PATCHES, _FIRST_PATCHES = 2, 8
 _RATE, _DECAY, _WARM_UP, _CLIP = 8e-3, 1e-4, 10, 12.0
 _CHOICES = 10_000
 _KEYS, _INDICES = ("image", "label"), "label_cls_indices"
@@ -85,21 +86,22 @@ def fit_unet(
         cancel: to stop.
 
     Returns:
-        None if it was not accepted, or cancelled. One that has seen a single volume gets less weight (`trust`).
+        None if it was not accepted, or cancelled.
     """
     started = perf_counter()
     chosen = evenly(cases, MOST_VOLUMES)
     plan = Plan.of(case.volume for case in chosen).coarsened(MOST_VOXELS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trust = 1.0 if len(cases) > 1 else _LONE_TRUST
-        unet = begin_pretrained(VoxelUNet(plan, structures, chosen[0].volume.colour, trust)).to(device).train()
+        unet = begin_pretrained(VoxelUNet(plan, structures, chosen[0].volume.colour)).to(device).train()
         most = max(1, MOST_VOLUMES // len(chosen))
         ready = {id(case): _samples(unet, viewpoint, case, most) for case in evenly(early, MOST_VOLUMES)}
         samples = [*chain(*ready.values())]
         optimizer = torch.optim.AdamW(unet.parameters(), lr=_RATE, weight_decay=_DECAY)
-        augment = Compose(augmentation(plan, unet.patch, len(unet.values))).set_random_state(seed)
-        _begin_heads(unet, [_batch(samples, augment) for _ in range(_FIRST_BATCHES)])
+        transforms = [*augmentation(plan, unet.patch, len(unet.values)), _Shading()]
+        augment = Compose(transforms).set_random_state(seed)
+        size = max(1, min(_MOST_PATCHES, PATCH_VOXELS // math.prod(unet.patch)))
+        _begin_heads(unet, [_batch(samples, augment, size) for _ in range(_FIRST_PATCHES // size)])
         step, done, accepted = 0, 0.0, False
         while not step or done < 1:
             if cancel and cancel.cancelled:
@@ -107,7 +109,7 @@ def fit_unet(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(_RATE, step, done, _WARM_UP)
             optimizer.zero_grad()
-            loss = _loss(unet, *(part.to(device) for part in _batch(samples, augment)))
+            loss = _loss(unet, *(part.to(device) for part in _batch(samples, augment, size)))
             loss.backward()
             nn.utils.clip_grad_norm_(unet.parameters(), _CLIP)
             optimizer.step()
@@ -162,7 +164,7 @@ def _padded(maps: Tensor, patch: Sequence[int], value: float) -> Tensor:
     return functional.pad(maps, ends, value=value)
 
 
-def augmentation(plan: Plan, patch: Sequence[int], structures: int) -> list[Transform]:
+def augmentation(plan: Plan, patch: Sequence[int], structures: int, scaling: float = 0.3) -> list[Transform]:
     """nnU-Net's patches around structures and elsewhere, deformed and recoloured.
 
     Slices three times as thick as pixels turn in plane only and do not bend. There is no mirroring: structures may have
@@ -172,6 +174,7 @@ def augmentation(plan: Plan, patch: Sequence[int], structures: int) -> list[Tran
         plan: of the volumes.
         patch: its size in voxels.
         structures: how many, K.
+        scaling: most that they grow or shrink by.
 
     Returns:
         Transforms of `image`, `label` with 0 to K, and `label_cls_indices` (`ClassesToIndicesd`) into a list of one.
@@ -187,7 +190,7 @@ def augmentation(plan: Plan, patch: Sequence[int], structures: int) -> list[Tran
     )
     thick = plan.thick_axis
     turn = [0.3 if thick in (None, axis) else 0.0 for axis in range(3)]
-    scale = [0.15 if axis != thick else 0.0 for axis in range(3)]
+    scale = [scaling if axis != thick else 0.0 for axis in range(3)]
     spatial = {"mode": ("bilinear", "nearest"), "padding_mode": "border"}
     bend = Rand3DElasticd(_KEYS, sigma_range=(5, 8), magnitude_range=(40, 120), prob=0.2, **spatial)
     return [
@@ -200,6 +203,18 @@ def augmentation(plan: Plan, patch: Sequence[int], structures: int) -> list[Tran
         RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
         RandSimulateLowResolutiond("image", prob=0.25),
     ]
+
+
+class _Shading(RandBiasFieldd):
+    """Brightness that changes slowly over an `image`, as near a receiver coil; the darkest voxel stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__("image", coeff_range=(-0.3, 0.3), prob=0.5)
+
+    def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
+        floor = data["image"].amin()
+        shaded = super().__call__({**data, "image": data["image"] - floor})
+        return {**shaded, "image": shaded["image"] + floor}
 
 
 @torch.no_grad()
@@ -226,10 +241,10 @@ def _begin_heads(unet: VoxelUNet, batches: Sequence[tuple[Tensor, Tensor, Tensor
             cast(Tensor, head.bias).copy_(solution[-1])
 
 
-def _batch(samples: Sequence[_Sample], augment: Compose) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(samples: Sequence[_Sample], augment: Compose, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images `(B, C, x, y, z)`, labels `(B, 1, x, y, z)` and `taught (B, K)` of patches from random volumes."""
     images, labels, taught = [], [], []
-    for row in torch.randint(len(samples), (_BATCH,)).tolist():
+    for row in torch.randint(len(samples), (size,)).tolist():
         (patch,) = augment(samples[row].parts)
         images.append(patch["image"].as_tensor())
         labels.append(patch["label"].as_tensor())
