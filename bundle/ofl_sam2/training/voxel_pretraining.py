@@ -129,22 +129,21 @@ def _batch(dice: Dice) -> tuple[Plan, Tensor, Tensor]:
     structures: list[Tensor] = []
     while len(images) < 2 * _PAIRS:
         tissues, pair = patients(dice, shape, thickness)
-        numbers = _numbers(dice, [regions for _, regions in pair], tissues if dice.chance(_ORGANS_SHARE) else 0)
+        numbers = _numbers(dice, [regions for _, regions in pair], 1 + tissues if dice.chance(_ORGANS_SHARE) else 0)
         if numbers is not None:
             images += [image.permute(order) for image, _ in pair]
             structures += [numbers[regions].permute(order) for _, regions in pair]
     return plan, torch.stack(images)[:, None], torch.stack(structures)
 
 
-def _numbers(dice: Dice, pair: list[Tensor], skipped: int) -> Tensor | None:
+def _numbers(dice: Dice, pair: list[Tensor], first: int) -> Tensor | None:
     """Region -> number of a structure from 1, 0 where it is not drawn; None if both patients share no region.
 
-    The first regions are `skipped`.
+    Regions before the `first` are not drawn.
     """
     counts = torch.stack([regions.flatten().bincount(minlength=64) for regions in pair])
     usable = (counts.amin(0) >= _LEAST_VOXELS) & (counts[0] < 0.5 * pair[0].numel())
-    usable[: 1 + skipped] = usable[: 1 + skipped] & (skipped == 0)
-    regions = usable.nonzero().flatten()
+    regions = first + usable[first:].nonzero().flatten()
     if not len(regions):
         return None
     chosen = torch.randperm(len(regions), generator=dice.generator)[: dice.integer(1, _MOST_STRUCTURES)]
