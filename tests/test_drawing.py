@@ -68,8 +68,7 @@ def test_what_is_likelier_than_the_threshold_is_drawn(make_drawing):
 
 def test_the_quality_counts_the_probabilities_of_the_unet_by_its_weight_where_it_knows(make_drawing):
     volume = Volume(np.zeros((9, 9, 5), np.float32), np.eye(4), "a")
-    drawing = make_drawing(volume)
-    drawing.unet_weight = 0.25
+    drawing = make_drawing(volume, unet=0.25)
     found = torch.full((2, 9, 9, 5), 0.6)
     second = torch.stack([torch.ones(9, 9, 5), torch.full((9, 9, 5), torch.nan)])
     canvas = Canvas(volume.grid, (1, 2), overlap=True, repaint=False)
@@ -111,8 +110,9 @@ def test_volumes_that_are_not_averaged_go_without_the_unet(make_drawing, monkeyp
     with torch.no_grad():
         drawing.run()
     assert not asked
+    assert drawing.by_unet is None
     monkeypatch.setattr("ofl_sam2.drawing.MAX_AVERAGED", 2 * 9 * 9 * 5)
     with torch.no_grad():
         drawing.run()
     assert asked
-    assert drawing.unet_weight == 0.4
+    assert drawing.by_unet is not None

@@ -43,8 +43,8 @@ class DynUNetPeer:
     As nnU-Net: median spacing, strides and kernels from spacing and patch, z-score, half of the patches around a
     structure, rotation, scaling, elastic deformation, noise, blur, brightness, contrast, low resolution, Dice + cross
     entropy with deep supervision, polynomial decay of the learning rate. Other than nnU-Net: 16 filters at full
-    resolution, smaller patches, AdamW. No mirroring, as structures may have left and right twins; slices three times
-    as thick as pixels turn in plane only and are not bent.
+    resolution, two patches of up to 160,000 voxels a step, scaling by up to 15 %, AdamW. No mirroring, as structures
+    may have left and right twins; slices three times as thick as pixels turn in plane only and are not bent.
     """
 
     batch, overlap, padding = 2, 0.5, "constant"

@@ -42,7 +42,6 @@ class Drawing:
         self.quality = Quality(len(self.values))
         self.overview: Tensor | None = None
         self.by_unet: Tensor | None = None
-        self.unet_weight = 0.0
 
     def run(self) -> tuple[Canvas, list[float]]:
         """The label map, and the estimated quality of each structure."""
@@ -51,7 +50,6 @@ class Drawing:
         unet = self.segmenter.active_unet
         if unet and is_averaged(self.volume.grid, len(self.values)):
             self.by_unet = unet.probabilities(self.volume, self.values, self.watch.check)
-            self.unet_weight = self.segmenter.settings.unet
         canvas = Canvas(self.volume.grid, self.values, self.segmenter.settings.overlap, repaint=bool(magnified))
         self._look(canvas, None, self.values, overview=bool(magnified))
         seen: list[tuple[Window, tuple[int, ...]]] = []
@@ -134,9 +132,10 @@ class Drawing:
         second: Tensor | None = None,
     ) -> None:
         """Draw what is smoothly likelier than the threshold, and count the quality of what is drawn."""
-        scores = scored(smooth, self.segmenter.settings.threshold, second, self.unet_weight)
+        settings = self.segmenter.settings
+        scores = scored(smooth, settings.threshold, second, settings.unet)
         if second is not None:
-            probabilities = torch.where(second.isnan(), probabilities, probabilities.lerp(second, self.unet_weight))
+            probabilities = torch.where(second.isnan(), probabilities, probabilities.lerp(second, settings.unet))
         self.quality.add([self.values.index(value) for value in values], probabilities, scores > 0, surface)
         canvas.paint(part, scores, values)
 

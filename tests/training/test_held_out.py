@@ -58,7 +58,7 @@ def test_a_case_is_scored_from_the_other_cases_and_a_lone_one_from_its_other_sli
 ):
     pools = []
 
-    def perfect(segmenter, case, pool, values, second, weight):
+    def perfect(segmenter, case, pool, values, second):
         pools.append({key: other.slices for key, other in pool.cases.items()})
         return [1.0] * len(values)
 

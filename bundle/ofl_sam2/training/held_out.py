@@ -65,7 +65,6 @@ class HeldOut:
             In [0, 1], at logit size; None where nothing could be scored.
         """
         scores: list[float] = []
-        weight = segmenter.settings.unet
         for (view, key), rows in self.rows.items():
             pool = segmenter.pools[view]
             case = pool.cases[key]
@@ -75,7 +74,7 @@ class HeldOut:
             values = tuple(v for v in segmenter.structures if v in case.known & _taught(others.cases.values()))
             if values:
                 shown, second = part(case, _middle(case, rows)), seconds[key] if seconds else None
-                scores += _dice(segmenter, shown, others, values, second, weight)
+                scores += _dice(segmenter, shown, others, values, second)
         return sum(scores) / len(scores) if scores else None
 
     def drawn_by(self, unet: VoxelUNet, segmenter: VolumeSegmenter, cases: Iterable[LabelledCase]) -> dict[str, Tensor]:
@@ -135,15 +134,15 @@ def _dice(
     pool: SupportPool,
     values: tuple[int, ...],
     second: Tensor | None,
-    weight: float,
 ) -> list[float]:
-    learned = LearnedView(pool, values, segmenter.backbone, segmenter.learner, segmenter.settings)
-    run = Propagation(learned.supports, values, learned.solution, segmenter.settings)
+    settings = segmenter.settings
+    learned = LearnedView(pool, values, segmenter.backbone, segmenter.learner, settings)
+    run = Propagation(learned.supports, values, learned.solution, settings)
     columns = [list(segmenter.structures).index(value) for value in values]
     overlap, total = torch.zeros(len(values)), torch.zeros(len(values))
     for result in run.run(lambda row: case.slice(row).to(segmenter.device), pool.similarity(case.descriptors)):
         by_unet = None if second is None else second[result.index, columns]
-        found = scored(result.logits.sigmoid().cpu(), segmenter.settings.threshold, by_unet, weight)
+        found = scored(result.logits.sigmoid().cpu(), settings.threshold, by_unet, settings.unet)
         predicted = (found > 0).flatten(1)
         masks = torch.stack([case.mask(result.index, value) for value in values])
         true = (shrink_masks(masks, result.logits.shape[-1]) > 0.5).flatten(1)
