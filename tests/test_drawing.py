@@ -8,6 +8,8 @@ import torch
 
 from ofl_sam2.canvas import Canvas
 from ofl_sam2.drawing import Drawing, scored
+from ofl_sam2.learner.plan import Plan
+from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.progress import Watch
 from ofl_sam2.volume import Volume
 
@@ -68,12 +70,22 @@ def test_what_is_likelier_than_the_threshold_is_drawn(make_drawing):
 
 def test_the_quality_counts_the_probabilities_of_the_unet_by_its_weight_where_it_knows(make_drawing):
     volume = Volume(np.zeros((9, 9, 5), np.float32), np.eye(4), "a")
-    drawing = make_drawing(volume, unet=0.25)
+    drawing = make_drawing(volume)
     found = torch.full((2, 9, 9, 5), 0.6)
     second = torch.stack([torch.ones(9, 9, 5), torch.full((9, 9, 5), torch.nan)])
     canvas = Canvas(volume.grid, (1, 2), overlap=True, repaint=False)
-    drawing._paint(canvas, itemgetter(()), (1, 2), found, found, (1.0, 1.0, 1.0), second)
+    drawing._paint(canvas, itemgetter(()), (1, 2), found, found, (1.0, 1.0, 1.0), second, 0.25)
     assert drawing.quality.of(drawing.confidence).tolist() == pytest.approx([0.7**0.5, 0.6**0.5])
+
+
+@pytest.mark.parametrize(("thickness", "weight"), [(1.0, 2 / 5), (4.0, 2 / 3)])
+def test_the_unet_counts_as_two_of_the_views(make_segmenter, make_case, monkeypatch, thickness, weight):
+    case = make_case(affine=np.diag([1.0, 1.0, thickness, 1.0]))
+    segmenter, weights = make_segmenter((case,)), []
+    segmenter.unet = VoxelUNet(Plan((1.0, 1.0, thickness), (24, 20, 6)), (1, 2)).eval()
+    monkeypatch.setattr("ofl_sam2.drawing.scored", lambda *given: (weights.append(given[-1]), scored(*given))[1])
+    segmenter.segment(case.volume)
+    assert weights == [pytest.approx(weight)]
 
 
 def test_widths_are_the_same_in_mm_along_space_and_none_along_time(make_drawing):

@@ -307,7 +307,7 @@ def test_a_unet_changes_what_is_drawn_unless_it_is_switched_off(make_segmenter, 
     torch.nn.init.constant_(segmenter.unet.net.output_block.conv.conv.bias, 0.0)
     with torch.no_grad():
         segmenter.unet.net.output_block.conv.conv.bias[1] = 40.0
-    drawn, off = segmenter.segment(query), with_settings(segmenter, unet=0.0).segment(query)
+    drawn, off = segmenter.segment(query), with_settings(segmenter, unet_views=0.0).segment(query)
     assert (drawn.labels == 1).sum() > (plain.labels == 1).sum()
     np.testing.assert_array_equal(off.labels, plain.labels)
     np.testing.assert_array_equal(drawn.confidence, plain.confidence)

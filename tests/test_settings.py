@@ -21,6 +21,12 @@ def test_every_field_is_documented():
     assert [field.name for field in fields(Settings) if field.name not in str(Settings.__doc__)] == []
 
 
+def test_the_unet_weighs_as_much_as_its_views():
+    assert Settings().unet_weight(1) == pytest.approx(2 / 3)
+    assert Settings(unet_views=0.0).unet_weight(3) == 0
+    assert Settings(unet_views=3.0).unet_weight(3) == 0.5
+
+
 def test_settings_do_not_change():
     with pytest.raises(FrozenInstanceError):
         Settings().gamma = 0.1

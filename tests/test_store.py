@@ -121,7 +121,7 @@ def test_a_unet_is_saved_and_goes_when_the_model_has_none(folder, learned, exten
 def test_a_model_of_format_2_is_read_without_its_refinement(folder, learned, query):
     def older(index):
         index.update(format=2, refinement={"file": "refinement-0123456789abcdef.safetensors", "sha256": "0" * 64})
-        del index["unet"], index["settings"]["unet"]
+        del index["unet"], index["settings"]["unet_views"]
         index["settings"]["refinement"] = True
 
     rewrite(folder, older)

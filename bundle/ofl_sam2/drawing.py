@@ -88,13 +88,16 @@ class Drawing:
             for index, probability in self._probabilities(view, stack, values, window):
                 for row, found in zip(total.numpy(), probability.numpy(), strict=True):
                     stack.slice_of(row, index)[...] += found
-        total /= len(usable) + (seen is not None)
+        views = len(usable) + (seen is not None)
+        total /= views
         if overview:
             self.overview = total.half()
         elif window and self.overview is not None:
             total = (total + self.overview[rows][(slice(None), *region)]) / 2
         second = None if self.by_unet is None else self.by_unet[rows][(slice(None), *region)].float()
-        self._paint(canvas, itemgetter(region), values, total, self._smoothed(total), self._widths(_SURFACE), second)
+        weight = self.segmenter.settings.unet_weight(views)
+        smooth, surface = self._smoothed(total), self._widths(_SURFACE)
+        self._paint(canvas, itemgetter(region), values, total, smooth, surface, second, weight)
 
     def _probabilities(
         self, view: View, stack: SliceStack, values: tuple[int, ...], window: Window | None
@@ -130,12 +133,12 @@ class Drawing:
         smooth: Tensor,
         surface: Sequence[float],
         second: Tensor | None = None,
+        weight: float = 0.0,
     ) -> None:
         """Draw what is smoothly likelier than the threshold, and count the quality of what is drawn."""
-        settings = self.segmenter.settings
-        scores = scored(smooth, settings.threshold, second, settings.unet)
+        scores = scored(smooth, self.segmenter.settings.threshold, second, weight)
         if second is not None:
-            probabilities = torch.where(second.isnan(), probabilities, probabilities.lerp(second, settings.unet))
+            probabilities = torch.where(second.isnan(), probabilities, probabilities.lerp(second, weight))
         self.quality.add([self.values.index(value) for value in values], probabilities, scores > 0, surface)
         canvas.paint(part, scores, values)
 

@@ -228,7 +228,7 @@ class VolumeSegmenter:
     @property
     def active_unet(self) -> VoxelUNet | None:
         """The U-Net, unless the settings say to go without."""
-        return self.unet if self.settings.unet else None
+        return self.unet if self.settings.unet_views else None
 
     @property
     def device(self) -> torch.device:

@@ -34,7 +34,7 @@ INDEX = "model.json"
 _FILE = re.compile(r"(learner|unet|pool)-[0-9a-f]{16}\.safetensors")
 _OWN = re.compile(rf"(\.[0-9a-f]+\.partial\.)?{_FILE.pattern}")
 _MAX_VALUE = 255
-_FORMER_SETTINGS = ("refinement",)
+_FORMER_SETTINGS = ("refinement", "unet")
 _ADVICE = "Restore the folder from a copy, or learn again with --fresh."
 
 T = TypeVar("T")

@@ -79,7 +79,7 @@ def test_the_score_is_the_dice_of_what_the_segmenter_draws(make_segmenter, make_
 
 def test_a_unet_counts_as_it_does_where_it_is_averaged(make_segmenter, make_case):
     cases = make_case("a"), make_case("b", seed=1)
-    segmenter = make_segmenter(cases, unet=0.9)
+    segmenter = make_segmenter(cases, unet_views=9.0)
     held_out = HeldOut.choose(list(segmenter.pool.cases.values()))
 
     class Knowing:

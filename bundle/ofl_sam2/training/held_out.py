@@ -136,13 +136,14 @@ def _dice(
     second: Tensor | None,
 ) -> list[float]:
     settings = segmenter.settings
+    weight = settings.unet_weight(sum(not view.close for view in segmenter.pools))
     learned = LearnedView(pool, values, segmenter.backbone, segmenter.learner, settings)
     run = Propagation(learned.supports, values, learned.solution, settings)
     columns = [list(segmenter.structures).index(value) for value in values]
     overlap, total = torch.zeros(len(values)), torch.zeros(len(values))
     for result in run.run(lambda row: case.slice(row).to(segmenter.device), pool.similarity(case.descriptors)):
         by_unet = None if second is None else second[result.index, columns]
-        found = scored(result.logits.sigmoid().cpu(), settings.threshold, by_unet, settings.unet)
+        found = scored(result.logits.sigmoid().cpu(), settings.threshold, by_unet, weight)
         predicted = (found > 0).flatten(1)
         masks = torch.stack([case.mask(result.index, value) for value in values])
         true = (shrink_masks(masks, result.logits.shape[-1]) > 0.5).flatten(1)
