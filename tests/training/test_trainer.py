@@ -300,6 +300,15 @@ def test_the_unet_gets_more_of_the_time_with_four_cases(make_segmenter, make_cas
 
 
 @pytest.mark.usefixtures("with_unet")
+def test_a_training_of_a_minute_leaves_a_fitted_learner_as_it_is(make_segmenter, cases):
+    segmenter = make_segmenter(cases, pool_slices=3)
+    before = weights(segmenter)
+    result = train(segmenter, cases, replace(SHORT, minutes=1.0))
+    assert weights(segmenter) == before
+    assert result.reports[0].share == pytest.approx(1 / 3)
+
+
+@pytest.mark.usefixtures("with_unet")
 @pytest.mark.parametrize("helps", [True, False])
 def test_with_a_lone_case_a_fitted_learner_stays_and_a_unet_is_judged_on_slices(
     make_segmenter, make_case, monkeypatch, helps

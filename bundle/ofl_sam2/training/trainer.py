@@ -37,7 +37,7 @@ from ofl_sam2.training.synthetic import Dice
 _ENDLESS = 10**6
 _SLICES_PER_MINUTE = 80
 _MOST_ASIDE = 0.5
-_UNET, _MANY_UNET = 0.4, 0.6
+_UNET, _MANY_UNET, _MINUTES_FOR_BOTH = 0.4, 0.6, 2.0
 _AVERAGED = 0.98
 _WARM_UP, _LEAST_RATE = 20, 0.05
 
@@ -114,11 +114,11 @@ def train(
     """Fit learner and fusion of a segmenter that has learned these cases; SAM2 stays as it is.
 
     What is fitted is the running average of the parameters over the last steps, on augmented copies that never repeat.
-    A part of the time is for a 3D U-Net, unless a volume is too large to average probabilities in; with one case all of
-    it, if the learner was fitted before. A part of the labels is held out; fitted parameters that are not better on it
-    are dropped. So is the U-Net if it does not help what was kept, in a case that it has not seen, or in slices of a
-    lone one; once it has helped, it learns from all labels. Under `torch.distributed` the processes share the episodes
-    of each step.
+    A part of the time is for a 3D U-Net, unless a volume is too large to average probabilities in; with one case, or
+    in less than two minutes, all of it, if the learner was fitted before. A part of the labels is held out; fitted
+    parameters that are not better on it are dropped. So is the U-Net if it does not help what was kept, in a case that
+    it has not seen, or in slices of a lone one; once it has helped, it learns from all labels. Under
+    `torch.distributed` the processes share the episodes of each step.
 
     Args:
         segmenter: changed in place when training ends, also when it is cancelled after the first epoch.
@@ -142,7 +142,7 @@ def train(
             f"{world_size()} processes cannot share {settings.episodes} episodes. Give as many episodes as processes."
         )
     judge = _Judge(segmenter, cases)
-    share = _unet_share(segmenter, cases) if judge.held_out.rows else 0.0
+    share = _unet_share(segmenter, cases, settings.minutes) if judge.held_out.rows else 0.0
     alone = judge.held_out.dice(segmenter) if share else None
     result = TrainingResult([], alone, None, False)
     if share < 1:
@@ -196,17 +196,18 @@ def _fit_learner(
     return TrainingResult(reports, before, after, improved)
 
 
-def _unet_share(segmenter: VolumeSegmenter, cases: Sequence[LabelledCase]) -> float:
+def _unet_share(segmenter: VolumeSegmenter, cases: Sequence[LabelledCase], minutes: float) -> float:
     """Share of the time for the U-Net; none if a volume is too large to average probabilities in.
 
     It is smaller where the learner needs the time: with few cases, or if it was never fitted. One that was is left as
-    it is with a lone case: the neighbours of held-out slices do not tell what it draws in other cases.
+    it is if there is little time, and with a lone case: the neighbours of held-out slices do not tell what it draws in
+    other cases.
     """
     if not all(is_averaged(case.volume.grid, len(segmenter.structures)) for case in cases):
         return 0.0
     if not segmenter.learner.fitted:
         return _UNET
-    if len(cases) == 1:
+    if len(cases) == 1 or minutes < _MINUTES_FOR_BOTH:
         return 1.0
     return _MANY_UNET if len(cases) >= ENOUGH_CASES else _UNET
 
