@@ -128,6 +128,12 @@ def test_a_model_of_format_2_is_read_without_its_refinement(folder, learned, que
     assert_same(load_model(folder), learned, query)
 
 
+def test_a_model_with_a_fixed_weight_of_the_unet_is_read(folder, learned, query):
+    rewrite(folder, lambda index: index["settings"].update(unet=0.4))
+    assert load_model(folder).settings == learned.settings
+    assert_same(load_model(folder), learned, query)
+
+
 def test_settings_can_differ_from_the_saved_ones(folder):
     assert load_model(folder, gamma=0.9).settings.gamma == 0.9
     with pytest.raises(InputError, match="Unknown settings: gama"):

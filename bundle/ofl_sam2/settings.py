@@ -52,8 +52,8 @@ class Settings:
         learn_steps: steepest-descent steps on the pool at `learn`.
         first_steps, update_steps: steps on the first query slice of a volume and on each one after it.
         pool_slices: labelled slices per structure that `learn` solves on.
-        unet_views: as how many views the 3D U-Net that `train` fitted counts, if it did; 0 goes without. Two was best
-            with one view and with three in cross-validation.
+        unet_views: as how many views the 3D U-Net that `train` fitted counts, if it did; 0 goes without. Two is close
+            to the best with one view and with three in cross-validation.
         overlap: allow structures to overlap in the result.
         side_views: look at volumes of nearly isotropic voxels along all three axes, and average.
         close_ups: look again, magnified, at small structures.
