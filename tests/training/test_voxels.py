@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from monai.transforms import RandSmoothDeformd
 
 from ofl_sam2.backbone.weights import state_hash
+from ofl_sam2.learner.plan import Plan
 from ofl_sam2.looks import Viewpoint
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.settings import Settings
@@ -61,6 +63,22 @@ def test_small_patches_come_in_pairs_and_large_ones_alone(cases, monkeypatch, ro
     )
     fit(cases)
     assert seen == [size, size]
+
+
+@pytest.mark.parametrize(
+    ("spacing", "patch"), [((1, 5, 1), (32, 6, 24)), ((1, 1, 5), (32, 24, 6)), ((1, 1, 5), (32, 24, 1))]
+)
+def test_thick_slices_bend_differently_with_their_labels(spacing, patch):
+    (bend,) = (one for one in voxels.augmentation(Plan(spacing, patch), patch, 1) if isinstance(one, RandSmoothDeformd))
+    bend.set_random_state(0)
+    columns = torch.arange(float(patch[0]))[None, :, None, None].expand(1, *patch)
+    bent = [bend({"image": columns, "label": columns}) for _ in range(20)]
+    moved = [one for one in bent if not torch.equal(one["image"], columns)]
+    assert 0 < len(moved) < 20
+    for one in moved:
+        assert (one["image"] - one["label"]).abs().amax() < 0.501
+        slices = one["image"][0].movedim(int(np.argmax(spacing)), 0)
+        assert len(slices) == 1 or (slices - slices[0]).abs().amax() > 0.5
 
 
 def test_shading_is_slow_and_leaves_what_is_darkest():

@@ -21,6 +21,7 @@ from monai.transforms import (
     RandGaussianSmoothd,
     RandScaleIntensityd,
     RandSimulateLowResolutiond,
+    RandSmoothDeformd,
     Transform,
 )
 from torch import Tensor, nn
@@ -167,8 +168,8 @@ def _padded(maps: Tensor, patch: Sequence[int], value: float) -> Tensor:
 def augmentation(plan: Plan, patch: Sequence[int], structures: int, scaling: float = 0.3) -> list[Transform]:
     """nnU-Net's patches around structures and elsewhere, deformed and recoloured.
 
-    Slices three times as thick as pixels turn in plane only and do not bend. There is no mirroring: structures may have
-    left and right twins.
+    Slices three times as thick as pixels turn in plane only, and bend coarsely. There is no mirroring: structures may
+    have left and right twins.
 
     Args:
         plan: of the volumes.
@@ -192,17 +193,34 @@ def augmentation(plan: Plan, patch: Sequence[int], structures: int, scaling: flo
     turn = [0.3 if thick in (None, axis) else 0.0 for axis in range(3)]
     scale = [scaling if axis != thick else 0.0 for axis in range(3)]
     spatial = {"mode": ("bilinear", "nearest"), "padding_mode": "border"}
-    bend = Rand3DElasticd(_KEYS, sigma_range=(5, 8), magnitude_range=(40, 120), prob=0.2, **spatial)
     return [
         crop,
         RandAffined(_KEYS, prob=0.5, rotate_range=turn, scale_range=scale, **spatial),
-        *([bend] if thick is None else []),
+        _bend(patch, thick, spatial),
         RandGaussianNoised("image", prob=0.1, std=0.1),
         RandGaussianSmoothd("image", (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), prob=0.2),
         RandScaleIntensityd("image", factors=0.25, prob=0.15),
         RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
         RandSimulateLowResolutiond("image", prob=0.25),
     ]
+
+
+def _bend(patch: Sequence[int], thick: int | None, spatial: Mapping[str, Any]) -> Transform:
+    """Fine deformation; where slices are thick a coarse one, which differs along the stack."""
+    if thick is None:
+        return Rand3DElasticd(_KEYS, sigma_range=(5, 8), magnitude_range=(40, 120), prob=0.2, **spatial)
+    return RandSmoothDeformd(
+        _KEYS,
+        spatial_size=patch,
+        rand_size=[3 if axis == thick else 4 for axis in range(3)],
+        field_mode="trilinear",
+        align_corners=True,
+        prob=0.5,
+        def_range=0.4,
+        grid_mode=spatial["mode"],
+        grid_padding_mode=spatial["padding_mode"],
+        grid_align_corners=True,
+    )
 
 
 class _Shading(RandBiasFieldd):
