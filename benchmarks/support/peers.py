@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.learner.plan import Plan, rounded_up
 from ofl_sam2.learner.unet import dynunet
+from ofl_sam2.precision import autocast
 from ofl_sam2.training.voxels import augmentation
 from ofl_sam2.volume import Volume
 
@@ -44,7 +45,7 @@ class DynUNetPeer:
     structure, rotation, scaling, elastic deformation, noise, blur, brightness, contrast, low resolution, Dice + cross
     entropy with deep supervision, polynomial decay of the learning rate. Other than nnU-Net: 16 filters at full
     resolution, two patches of up to 160,000 voxels a step, scaling by up to 15 %, AdamW. No mirroring, as structures
-    may have left and right twins; slices three times as thick as pixels turn in plane only and are not bent.
+    may have left and right twins; slices three times as thick as pixels turn in plane only.
     """
 
     batch, overlap, padding = 2, 0.5, "constant"
@@ -158,6 +159,8 @@ def train_peer(
 ) -> TrainedPeer:
     """Train from scratch for a wall time that includes the preparation of the data; at least one step.
 
+    It computes with the same numbers as our own networks (`ofl_sam2.precision`).
+
     Args:
         name: of `PEERS`.
         cases: the labelled volumes; unlabelled slices are cut off.
@@ -178,7 +181,9 @@ def train_peer(
     samples, steps = [prepare(labelled_sample(case, structures)) for case in cases], 0
     while not steps or time.perf_counter() - started < seconds:
         images, labels = _batch(samples, augment, peer.batch)
-        loss = peer.loss(network(images), labels)
+        with autocast(images.device):
+            outputs = network(images)
+        loss = peer.loss(outputs.float(), labels)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 12.0)

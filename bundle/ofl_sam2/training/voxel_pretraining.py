@@ -18,6 +18,7 @@ from torch.nn import functional
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import Trunk, adapted, dynunet
+from ofl_sam2.precision import autocast
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.training.checkpoint import resume
 from ofl_sam2.training.closed_form import RIDGE, SCALE, linear_map
@@ -100,7 +101,7 @@ def pretrain_unet(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(_RATE, int(state.step) - first, done, _WARM_UP)
         plan, images, regions = _batch(dice)
-        with torch.autocast(device.split(":")[0], torch.bfloat16):
+        with autocast(device):
             features = state.features(images.to(device), plan)
         loss = _loss(state, [level.float() for level in features], regions.to(device))
         optimizer.zero_grad()

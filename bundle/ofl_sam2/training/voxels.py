@@ -33,6 +33,7 @@ from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import MOST_VOXELS, PATCH_VOXELS, Trunk, VoxelUNet, at_time, in_order, times
 from ofl_sam2.looks import Viewpoint
 from ofl_sam2.memory.pool import evenly
+from ofl_sam2.precision import autocast
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.training.closed_form import SCALE, linear_map
 from ofl_sam2.training.schedule import learning_rate
@@ -279,7 +280,8 @@ def _loss(unet: VoxelUNet, images: Tensor, labels: Tensor, taught: Tensor) -> Te
     known = (labels <= count).float()
     target = torch.cat([labels == number for number in range(1, count + 1)], 1).float()
     hidden = functional.pad(1 - taught, (1, 0), value=1.0)[:, :, None, None, None].log()
-    heads = unet(images).unbind(1)
+    with autocast(images.device):
+        heads = unet(images).float().unbind(1)
     weights = [0.5**level for level in range(len(heads))]
     losses = []
     for logits in heads:
