@@ -1,4 +1,4 @@
-"""The numbers that networks compute with."""
+"""The numbers that networks compute with in training; what they draw is computed with float32, alike everywhere."""
 
 import torch
 

@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from ofl_sam2.intensity import intensity_for
 from ofl_sam2.learner.plan import Plan, ordered_grid, ordered_spacing
-from ofl_sam2.precision import autocast
 from ofl_sam2.volume import Volume, canonical_view
 
 PATCH_VOXELS, MOST_VOXELS = 320_000, 2 << 20
@@ -67,8 +66,7 @@ class VoxelUNet(nn.Module):
 
         def logits(patches: Tensor) -> Tensor:
             check()
-            with autocast(device):
-                return self(patches).float()
+            return self(patches)
 
         for time, image in enumerate(self.images(volume)):
             drawn = sliding_window_inference(
