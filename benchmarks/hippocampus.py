@@ -8,7 +8,8 @@ from support import HIPPOCAMPUS, RESULTS, data_folder, evaluate, labelled, nano,
 
 from ofl_sam2.overlay import Overlay, summary_figure
 from ofl_sam2.segmenter import with_settings
-from ofl_sam2.training.trainer import TrainingSettings, train
+from ofl_sam2.training.settings import TrainingSettings
+from ofl_sam2.training.trainer import train
 
 ABLATIONS = {
     "memory only": {"online_branch": False},

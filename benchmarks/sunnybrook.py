@@ -9,7 +9,8 @@ from support.tasks import only_slices
 
 from ofl_sam2.dataset import Case, load_case
 from ofl_sam2.overlay import Overlay, case_overlay
-from ofl_sam2.training.trainer import TrainingSettings, train
+from ofl_sam2.training.settings import TrainingSettings
+from ofl_sam2.training.trainer import train
 
 STRUCTURES = {1: "LV cavity", 2: "myocardium"}
 

@@ -32,10 +32,10 @@ from ofl_sam2.cli import main
 from ofl_sam2.files import read_labels, read_volume
 from ofl_sam2.learner.load import WEIGHTS, read_learner
 from ofl_sam2.store import INDEX, load_model, read_index
-from ofl_sam2.training import pretraining, trainer
+from ofl_sam2.training import pretraining, settings
 from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.pretraining import Stage
-from ofl_sam2.training.trainer import TrainingSettings
+from ofl_sam2.training.settings import TrainingSettings
 
 TINY = "sam2.1_hiera_tiny"
 OBLIQUE = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.2, -0.1, 0.3) @ np.diag([-1, 1, 4]), (10, -20, 30))
@@ -273,7 +273,7 @@ def test_a_backbone_other_than_the_saved_one_is_refused(cli, own):
 def quick_training(monkeypatch):
     """One step an epoch, one copy of each volume."""
     quick = partial(TrainingSettings, steps_per_epoch=1, episodes=1, copies=1)
-    monkeypatch.setattr(trainer, "TrainingSettings", quick)
+    monkeypatch.setattr(settings, "TrainingSettings", quick)
 
 
 @pytest.mark.usefixtures("quick_training")

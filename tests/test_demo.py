@@ -19,7 +19,7 @@ from ofl_sam2.progress import CancelToken
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.store import read_index
 from ofl_sam2.training import cohort
-from ofl_sam2.training.trainer import EpochReport, TrainingResult
+from ofl_sam2.training.settings import EpochReport, TrainingResult
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -32,7 +32,7 @@ from ofl_sam2.store import load_model, read_index
 from ofl_sam2.training import pretraining
 from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.pretraining import Stage
-from ofl_sam2.training.trainer import TrainingSettings
+from ofl_sam2.training.settings import TrainingSettings
 
 QUICK = TrainingSettings(epochs=2, steps_per_epoch=1, episodes=1, copies=1)
 

@@ -10,7 +10,8 @@ from ignite.engine import Engine
 
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.segmenter import with_settings
-from ofl_sam2.training.trainer import TrainingSettings, train
+from ofl_sam2.training.settings import TrainingSettings
+from ofl_sam2.training.trainer import train
 from ofl_sam2.volume import Volume
 
 from . import nano

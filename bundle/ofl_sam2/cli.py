@@ -97,7 +97,7 @@ def train(
 ) -> None:
     """Fit learner and fusion to all labelled volumes, in minutes. An interrupted training goes on."""
     from ofl_sam2.jobs import learn_cases, open_segmenter, train_cases
-    from ofl_sam2.training.trainer import TrainingSettings
+    from ofl_sam2.training.settings import TrainingSettings
 
     settings = TrainingSettings(minutes=minutes, epochs=epochs, seed=seed)
     started = time.perf_counter()

@@ -18,7 +18,7 @@ from ofl_sam2.overlay import Overlay, case_overlay, summary_figure
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.store import is_model, read_index
 from ofl_sam2.training.cohort import STRUCTURES, write_cohort
-from ofl_sam2.training.trainer import TrainingSettings
+from ofl_sam2.training.settings import TrainingSettings
 
 SHOTS = 2
 _SYNTHETIC_CASES = 8

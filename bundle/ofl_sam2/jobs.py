@@ -25,7 +25,8 @@ from ofl_sam2.progress import CancelToken, Progress
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.store import is_model, load_model, read_index, save_model
 from ofl_sam2.training.pretraining import PretrainingState, pretrain
-from ofl_sam2.training.trainer import TrainingResult, TrainingSettings, train
+from ofl_sam2.training.settings import TrainingResult, TrainingSettings
+from ofl_sam2.training.trainer import train
 from ofl_sam2.training.voxel_pretraining import VoxelPretraining, pretrain_unet
 
 CACHE_BYTES = 4 << 30

@@ -20,7 +20,7 @@ from ofl_sam2.errors import InputError
 from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.segmenter import VolumeSegmenter
-from ofl_sam2.training.trainer import EpochReport, TrainingResult
+from ofl_sam2.training.settings import EpochReport, TrainingResult
 
 Make = Callable[..., Any]
 LABELLED = ["synthetic_000", "synthetic_001"]

@@ -13,10 +13,11 @@ from ofl_sam2.backbone.weights import state_hash
 from ofl_sam2.errors import Cancelled, InputError, ModelError
 from ofl_sam2.memory.pool import MAIN, View
 from ofl_sam2.progress import CancelToken
-from ofl_sam2.training import trainer, voxels
+from ofl_sam2.training import episode_training, trainer, voxels
 from ofl_sam2.training.held_out import HeldOut
-from ofl_sam2.training.trainer import TrainingSettings, train
+from ofl_sam2.training.settings import TrainingSettings
 from ofl_sam2.training.trainer import _unet_share as unet_share
+from ofl_sam2.training.trainer import train
 
 SHORT = TrainingSettings(minutes=5, epochs=3, steps_per_epoch=1, episodes=1, copies=1)
 
@@ -61,7 +62,9 @@ def with_unet(monkeypatch, no_unet):
 def seconds_are_steps(monkeypatch):
     """Let every training step take exactly one second."""
     ticks = itertools.count(-3)
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: max(0, next(ticks))))
+    clock = SimpleNamespace(perf_counter=lambda: max(0, next(ticks)))
+    for module in (trainer, episode_training):
+        monkeypatch.setattr(module, "time", clock)
 
 
 def losses(reports):

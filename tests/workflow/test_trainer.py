@@ -14,7 +14,7 @@ from ofl_sam2.errors import InputError, ModelError
 from ofl_sam2.jobs import CHECKPOINT, learn_cases, open_segmenter, train_cases
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.store import load_model, read_index
-from ofl_sam2.training.trainer import TrainingSettings
+from ofl_sam2.training.settings import TrainingSettings
 from ofl_sam2.workflow.data import LoadCase, labelled_list
 from ofl_sam2.workflow.network import FewShotNetwork
 from ofl_sam2.workflow.trainer import EpisodicTrainer

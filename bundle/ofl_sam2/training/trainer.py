@@ -1,104 +1,31 @@
-"""Fit learner and fusion to labelled volumes: an Ignite engine over few-shot episodes on cached frozen features.
-
-A 3D U-Net is fitted to the same labels afterwards, see `training.voxels`.
-"""
+"""Fit learner and fusion to labelled volumes, then a 3D U-Net, each for its share of the time."""
 
 import copy
-import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import torch
-from ignite.engine import Engine, Events
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from ignite.engine import Engine
 
-from ofl_sam2.atomic import atomic_path
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.drawing import is_averaged
-from ofl_sam2.errors import InputError, ModelError
+from ofl_sam2.errors import InputError
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.looks import Viewpoint
-from ofl_sam2.memory.pool import MAIN, PooledCase
+from ofl_sam2.memory.pool import MAIN
 from ofl_sam2.progress import CancelToken, Progress, Watch
 from ofl_sam2.segmenter import VolumeSegmenter
-from ofl_sam2.training.bank import EpisodeBank
 from ofl_sam2.training.copies import FreshCopies
-from ofl_sam2.training.episodes import unroll
+from ofl_sam2.training.episode_training import EpisodeTraining
 from ofl_sam2.training.held_out import ENOUGH_CASES, HeldOut
-from ofl_sam2.training.losses import segmentation_loss
-from ofl_sam2.training.processes import rank, synchronise, wait, world_size
-from ofl_sam2.training.schedule import learning_rate
-from ofl_sam2.training.synthetic import Dice
+from ofl_sam2.training.processes import rank, wait, world_size
+from ofl_sam2.training.settings import EpochReport, TrainingResult, TrainingSettings
 
-_ENDLESS = 10**6
 _SLICES_PER_MINUTE = 80
 _MOST_ASIDE = 0.5
 _UNET, _MANY_UNET, _MINUTES_FOR_BOTH = 0.4, 0.6, 2.0
-_AVERAGED = 0.98
-_WARM_UP, _LEAST_RATE = 20, 0.05
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How long and how to train.
-
-    Attributes:
-        minutes: wall time; encoding and scoring count, but leave at least half of it to the episodes.
-        epochs: limit in epochs, if given; whichever comes first. The learning rate then falls with the epochs, not with
-            the time, so that a seed reproduces the result.
-        steps_per_epoch: steps between two reports and checkpoints.
-        episodes: per step.
-        rate: peak learning rate of AdamW; the projection P learns at `projection_rate` times it.
-        projection_rate: see `rate`.
-        copies: most augmented copies of each view of a volume at hand; each step draws a part of another one.
-        max_slices: bound on the slices (copies included) held in memory; short trainings start with fewer copies.
-        seed: of augmentation and episodes.
-    """
-
-    minutes: float = 5.0
-    epochs: int | None = None
-    steps_per_epoch: int = 10
-    episodes: int = 2
-    rate: float = 5e-4
-    projection_rate: float = 0.2
-    copies: int = 8
-    max_slices: int = 1200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.minutes <= 0 or (self.epochs is not None and self.epochs <= 0):
-            raise InputError("Training needs a positive number of minutes and epochs.")
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """Progress of a training: epoch, its mean loss, share of the budget used in [0, 1], seconds so far."""
-
-    epoch: int
-    loss: float
-    share: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a training came to.
-
-    Attributes:
-        reports: of all epochs, those before a resume included.
-        dice_before, dice_after: on held-out labelled slices, in [0, 1], of the old state and of the fitted one; with
-            the U-Net, if it was kept, as it was before it saw them. None where there are too few to hold any out.
-        improved: whether something fitted was kept; without held-out slices it is.
-    """
-
-    reports: list[EpochReport]
-    dice_before: float | None
-    dice_after: float | None
-    improved: bool
 
 
 def train(
@@ -178,7 +105,7 @@ def _fit_learner(
     held_out = HeldOut.choose([c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names])
     room = min(settings.max_slices, round(_SLICES_PER_MINUTE * settings.minutes * share))
     copies = FreshCopies(segmenter, cases, names, held_out, settings.copies, room, settings.seed)
-    run = _Training(segmenter, copies, settings, 60 * settings.minutes * share)
+    run = EpisodeTraining(segmenter, copies, settings, 60 * settings.minutes * share)
     if checkpoint is not None and checkpoint.is_file():
         run.resume(checkpoint)
     copies.start(run.steps, Watch(encoded, cancel))
@@ -281,145 +208,3 @@ def _fit_unet(
         tell,
         cancel,
     )
-
-
-class _Training:
-    """The engine, its optimizer and what a checkpoint needs; `budget` in seconds."""
-
-    def __init__(
-        self, segmenter: VolumeSegmenter, copies: FreshCopies, settings: TrainingSettings, budget: float
-    ) -> None:
-        self.copies, self.settings, self.budget = copies, settings, budget
-        self.backbone = segmenter.backbone
-        self.learner = copy.deepcopy(segmenter.learner)
-        self.average = AveragedModel(self.learner, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGED))
-        self.bank = EpisodeBank(segmenter.backbone, copies.volumes, tuple(segmenter.structures))
-        self.dice = Dice(torch.Generator().manual_seed(settings.seed + 1))
-        projection = list(self.learner.projection.parameters())
-        others = [p for p in self.learner.parameters() if all(p is not q for q in projection)]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": projection, "scale": settings.projection_rate}, {"params": others, "scale": 1.0}],
-            lr=settings.rate,
-        )
-        self.reports: list[EpochReport] = []
-        self.epochs, self.spent = 0, 0.0
-        self.fingerprint = _fingerprint(segmenter, copies.originals, settings)
-
-    @property
-    def steps(self) -> int:
-        """Steps taken so far, those before a resume included."""
-        return int(self.average.n_averaged)
-
-    def run(
-        self,
-        checkpoint: Path | None,
-        report: Callable[[EpochReport], None] | None,
-        cancel: CancelToken | None,
-        attach: Callable[[Engine], None] | None,
-    ) -> list[EpochReport]:
-        engine = Engine(self._step)
-        losses: list[float] = []
-
-        @engine.on(Events.ITERATION_COMPLETED)
-        def _watch(engine: Engine) -> None:
-            losses.append(engine.state.output)
-            if self._share() >= 1 or (cancel and cancel.cancelled):
-                engine.terminate()
-
-        @engine.on(Events.EPOCH_COMPLETED | Events.TERMINATE)
-        def _report(engine: Engine) -> None:
-            if not losses:
-                return
-            self.epochs += 1
-            share = min(1.0, self._share()) * self.budget / (60 * self.settings.minutes)
-            entry = EpochReport(self.epochs, sum(losses) / len(losses), share, self.spent)
-            losses.clear()
-            self.reports.append(entry)
-            if checkpoint is not None and rank() == 0:
-                self.save(checkpoint)
-            if report:
-                report(entry)
-
-        total, steps = self.settings.epochs or _ENDLESS, self.settings.steps_per_epoch
-        if attach:
-            attach(engine)
-        if self.epochs < total and self._share() < 1:
-            engine.load_state_dict({"epoch": self.epochs, "max_epochs": total, "epoch_length": steps})
-            engine.run([None] * steps)
-        return self.reports
-
-    def _by_time(self) -> float:
-        return self.spent / self.budget
-
-    def _by_epochs(self) -> float:
-        return self.epochs / self.settings.epochs if self.settings.epochs else 0.0
-
-    def _share(self) -> float:
-        return max(self._by_time(), self._by_epochs())
-
-    def _step(self, engine: Engine, _: Any) -> float:
-        started = time.perf_counter()
-        done = self._by_epochs() if self.settings.epochs else min(1.0, self._by_time())
-        rate = learning_rate(self.settings.rate, self.steps, done, _WARM_UP, _LEAST_RATE)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        self.copies.step()
-        self.bank.replace(self.copies.volumes)
-        episode = self.bank.draw(self.dice, self.settings.episodes)
-        outputs = unroll(self.backbone, self.learner, episode)
-        parts = torch.arange(sum(episode.sizes)).split(episode.sizes)
-        losses = [
-            segmentation_loss(decoded[part], masks[part], presence=1.0, empty=1.0)
-            for decoded, masks in zip(outputs, episode.query_masks, strict=True)
-            for part in parts
-        ]
-        loss = torch.stack(losses).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        parameters = list(self.learner.parameters())
-        spent, mean_loss = synchronise(parameters, time.perf_counter() - started, loss.item())
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        self.optimizer.step()
-        self.average.update_parameters(self.learner)
-        self.spent += spent
-        return mean_loss
-
-    def save(self, path: Path) -> None:
-        state = {
-            "fingerprint": self.fingerprint,
-            "learner": self.learner.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.dice.generator.get_state(),
-            "reports": [vars(entry) for entry in self.reports],
-            "spent": self.spent,
-        }
-        with atomic_path(path) as temporary:
-            torch.save(state, temporary)
-
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint of the same labels and settings; ignore one of others."""
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-            fingerprint = state["fingerprint"]
-        except Exception as error:
-            raise ModelError(f"The training checkpoint {path} is damaged. Delete it and train again.") from error
-        if fingerprint != self.fingerprint:
-            return
-        self.learner.load_state_dict(state["learner"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.dice.generator.set_state(state["generator"])
-        self.reports = [EpochReport(**entry) for entry in state["reports"]]
-        self.epochs, self.spent = len(self.reports), state["spent"]
-
-
-def _fingerprint(segmenter: VolumeSegmenter, volumes: Sequence[PooledCase], settings: TrainingSettings) -> str:
-    """Identifies what is trained on and how."""
-    learner = segmenter.learner
-    layout = (learner.kind, learner.inputs, learner.encoding)
-    digest = hashlib.sha256(f"{segmenter.backbone_hash}{layout}{settings}{segmenter.structures}".encode())
-    for volume in volumes:
-        digest.update(volume.name.encode())
-        digest.update(volume.labels.numpy().tobytes())
-    return digest.hexdigest()

@@ -17,7 +17,8 @@ from ofl_sam2.errors import InputError
 from ofl_sam2.jobs import CHECKPOINT
 from ofl_sam2.store import save_model
 from ofl_sam2.training.processes import rank, wait
-from ofl_sam2.training.trainer import TrainingSettings, train
+from ofl_sam2.training.settings import TrainingSettings
+from ofl_sam2.training.trainer import train
 from ofl_sam2.workflow.network import FewShotNetwork, open_model
 from ofl_sam2.workflow.run import config_key
 

@@ -17,7 +17,8 @@ from ofl_sam2.errors import InputError
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.service.snapshots import Snapshot
 from ofl_sam2.store import load_model
-from ofl_sam2.training.trainer import EpochReport, TrainingResult, TrainingSettings, train
+from ofl_sam2.training.settings import EpochReport, TrainingResult, TrainingSettings
+from ofl_sam2.training.trainer import train
 
 logger = logging.getLogger(__name__)
 
