@@ -143,6 +143,11 @@ def test_a_unet_comes_back_with_its_plan_structures_and_values(tmp_path, values,
         assert torch.equal(loaded.state_dict()[name], value)
 
 
+def stored(unet, header):
+    """The content of a file with the weights of a U-Net and any header."""
+    return save({name: value.contiguous() for name, value in unet.state_dict().items()}, header)
+
+
 @pytest.mark.parametrize(
     "header",
     [
@@ -160,26 +165,28 @@ def test_a_unet_comes_back_with_its_plan_structures_and_values(tmp_path, values,
         {"values": '["x"]'},
         {"patch_voxels": "0"},
         {"patch_voxels": "99999999"},
+        {"deepest": "-1"},
+        {"deepest": "6"},
     ],
 )
 def test_a_header_that_describes_no_unet_is_refused(tmp_path, header):
     path = tmp_path / "unet.safetensors"
     shape = {"spacing": "[1, 1, 4]", "shape": "[24, 20, 6]", "values": "[1, 2]", "colour": "false"}
-    path.write_bytes(save(VoxelUNet(PLAN, (1, 2)).state_dict(), None if header is None else {**shape, **header}))
+    path.write_bytes(stored(VoxelUNet(PLAN, (1, 2)), None if header is None else {**shape, **header}))
     with pytest.raises(WeightsError, match=r"no U-Net \(header: .*Train again"):
         read_unet(path)
 
 
-def test_a_unet_without_a_word_on_patches_is_one_of_former_times(tmp_path):
+def test_a_unet_without_a_word_on_patches_and_depth_is_one_of_former_times(tmp_path):
     plan = Plan((1.0, 1.0, 4.0), (256, 256, 12))
-    path, unet = tmp_path / "unet.safetensors", VoxelUNet(plan, (1, 2), patch_voxels=160_000)
+    path, unet = tmp_path / "unet.safetensors", VoxelUNet(plan, (1, 2), patch_voxels=160_000, deepest=5)
     header = {"spacing": "[1, 1, 4]", "shape": "[256, 256, 12]", "values": "[1, 2]", "colour": "false"}
-    path.write_bytes(save(unet.state_dict(), header))
+    path.write_bytes(stored(unet, header))
     assert read_unet(path).patch == unet.patch != VoxelUNet(plan, (1, 2)).patch
 
 
 def test_a_unet_of_other_structures_than_its_header_says_is_refused(tmp_path):
     path, shape = tmp_path / "unet.safetensors", {"spacing": "[1, 1, 4]", "shape": "[24, 20, 6]", "colour": "false"}
-    path.write_bytes(save(VoxelUNet(PLAN, (1, 2)).state_dict(), {**shape, "values": "[1]"}))
+    path.write_bytes(stored(VoxelUNet(PLAN, (1, 2)), {**shape, "values": "[1]"}))
     with pytest.raises(WeightsError):
         read_unet(path)

@@ -5,12 +5,14 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
 from ofl_sam2.errors import Cancelled
+from ofl_sam2.learner.load import WEIGHTS
 from ofl_sam2.learner.plan import Plan
-from ofl_sam2.learner.unet import Trunk, VoxelUNet, adapted, dynunet
+from ofl_sam2.learner.unet import Trunk, VoxelUNet, _InstanceNorm, adapted, dynunet
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.volume import Volume, canonical_view
 
@@ -156,6 +158,52 @@ def test_a_network_of_any_depth_begins_with_the_levels_it_shares(shape, channels
     for name, value in Trunk(net).state_dict().items():
         expected = adapted(weights[name], value.shape) if name in shared else fresh[name]
         assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("training", [True, False])
+def test_instances_are_normalised_where_they_lie(layout, training):
+    ours, theirs = (norm(4, affine=True).train(training) for norm in (_InstanceNorm, nn.InstanceNorm3d))
+    with torch.no_grad():
+        for norm in (ours, theirs):
+            norm.weight.copy_(torch.tensor([1.0, 2, 3, 4]))
+            norm.bias.copy_(torch.tensor([0.0, 1, 2, 3]))
+    images = (3 + 5 * torch.randn(2, 4, 6, 5, 3)).contiguous(memory_format=layout)
+    outcomes = []
+    for norm in (ours, theirs):
+        given = images.clone().requires_grad_()
+        drawn = norm(given)
+        (drawn**3).mean().backward()
+        outcomes.append([drawn, given.grad, norm.weight.grad, norm.bias.grad])
+    assert outcomes[0][0].is_contiguous(memory_format=layout)
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_stay_last_through_the_network_with_any_numbers():
+    unet = VoxelUNet(Plan((1.0, 1.0, 4.0), (24, 20, 6)), (1, 2)).train()
+    images = torch.randn(2, 1, *unet.patch)
+    for level in Trunk(unet.net)(images):
+        assert level.is_contiguous(memory_format=torch.channels_last_3d)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = unet(images)
+    assert (logits.float() - unet(images)).abs().amax() < 0.5
+    logits.float().square().mean().backward()
+    assert all(value.grad.isfinite().all() for value in unet.parameters())
+
+
+def test_no_level_is_deeper_than_the_pretrained_ones():
+    plan = Plan((1.0, 1.0, 1.0), (64, 64, 64))
+    names, shallow, deep = (
+        {*weights}
+        for weights in (
+            load_file(WEIGHTS / "unet.safetensors"),
+            Trunk(VoxelUNet(plan, (1,)).net).state_dict(),
+            Trunk(VoxelUNet(plan, (1,), deepest=5).net).state_dict(),
+        )
+    )
+    assert shallow <= names
+    assert not deep <= names
 
 
 def test_the_trunk_is_what_the_heads_see():

@@ -22,7 +22,7 @@ def small_volumes(monkeypatch):
     monkeypatch.setattr(voxel_pretraining, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     monkeypatch.setattr(voxel_pretraining, "CUBE", Plan((1.0, 1.0, 1.0), (16, 16, 16)))
     monkeypatch.setattr(voxel_pretraining, "_FLAT", (16, 24, 8))
-    monkeypatch.setattr(voxel_pretraining, "_DEEPEST", 2)
+    monkeypatch.setattr(voxel_pretraining, "PRETRAINED_DEEPEST", 2)
     monkeypatch.setattr(voxel_pretraining, "_LEVELS", (1.0, 0.5))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ofl_sam2.backbone.weights import load_strict, read_state
 from ofl_sam2.errors import WeightsError
 from ofl_sam2.learner.few_shot import FewShotLearner
-from ofl_sam2.learner.plan import Plan
+from ofl_sam2.learner.plan import DEEPEST, Plan
 from ofl_sam2.learner.unet import MOST_VOXELS, Trunk, VoxelUNet
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -45,7 +45,7 @@ def learner_bytes(learner: FewShotLearner) -> bytes:
 
 def unet_bytes(unet: VoxelUNet) -> bytes:
     """As `learner_bytes`, of a U-Net."""
-    shape = {name: getattr(unet, name) for name in ("values", "colour", "patch_voxels")} | asdict(unet.plan)
+    shape = {name: getattr(unet, name) for name in ("values", "colour", "patch_voxels", "deepest")} | asdict(unet.plan)
     return _bytes(unet, {name: json.dumps(value) for name, value in shape.items()})
 
 
@@ -90,6 +90,7 @@ def read_unet(path: Path, sha256: str | None = None) -> VoxelUNet:
         spacing, values = tuple(map(float, header["spacing"])), tuple(map(int, header["values"]))
         shape, colour = tuple(map(int, header["shape"])), bool(header["colour"])
         patch_voxels = int(header.get("patch_voxels", _FORMER_PATCH_VOXELS))
+        deepest = int(header.get("deepest", DEEPEST))
         if len(spacing) != 3 or not all(math.isfinite(step) and step > 0 for step in spacing):
             raise ValueError(f"spacing {spacing}")
         if len(shape) != 3 or not (min(shape) > 0 and math.prod(shape) <= MOST_VOXELS):
@@ -98,7 +99,9 @@ def read_unet(path: Path, sha256: str | None = None) -> VoxelUNet:
             raise ValueError(f"{len(values)} structures")
         if not 0 < patch_voxels <= MOST_VOXELS:
             raise ValueError(f"patches of {patch_voxels} voxels")
-        unet = VoxelUNet(Plan(spacing, shape), values, colour, patch_voxels)
+        if not 0 <= deepest <= DEEPEST:
+            raise ValueError(f"patches that are halved {deepest} times")
+        unet = VoxelUNet(Plan(spacing, shape), values, colour, patch_voxels, deepest)
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path} is no U-Net (header: {error}). Train again.") from error
     load_strict(unet, state, source=str(path))

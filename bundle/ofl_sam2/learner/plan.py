@@ -9,7 +9,7 @@ import numpy as np
 
 from ofl_sam2.volume import Volume
 
-THICK = 3.0
+THICK, DEEPEST = 3.0, 5
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,11 @@ class Plan:
         widest = int(np.argmax(self.spacing))
         return widest if self.spacing[widest] >= THICK * min(self.spacing) else None
 
-    def pooling(self, shape: Sequence[int], deepest: int = 5) -> tuple[list[list[int]], list[list[int]]]:
+    def pooling(self, shape: Sequence[int], deepest: int = DEEPEST) -> tuple[list[list[int]], list[list[int]]]:
         """Strides and kernels of each level as nnU-Net chooses them for a patch of `shape`.
 
-        Only axes of nearly the finest spacing are convolved and halved, and only while they have eight voxels.
+        Only axes of nearly the finest spacing are convolved and halved, and only while they have eight voxels, at most
+        `deepest` times.
         """
         strides: list[list[int]] = [[1, 1, 1]]
         kernels: list[list[int]] = []
@@ -70,12 +71,12 @@ class Plan:
             sizes = [math.ceil(size / step) for size, step in zip(sizes, stride, strict=True)]
             spacing = [width * step for width, step in zip(spacing, stride, strict=True)]
 
-    def patch(self, most_voxels: int) -> tuple[int, ...]:
+    def patch(self, most_voxels: int, deepest: int = DEEPEST) -> tuple[int, ...]:
         """The median shape, shrunk along its longest axes to `most_voxels`, rounded up to what pooling divides."""
         sizes = list(self.shape)
         while math.prod(sizes) > most_voxels:
             sizes[sizes.index(max(sizes))] = math.floor(0.9 * max(sizes))
-        strides, _ = self.pooling(sizes)
+        strides, _ = self.pooling(sizes, deepest)
         factors = np.prod(strides, axis=0).tolist()
         return tuple(rounded_up(*pair) for pair in zip(sizes, factors, strict=True))
 

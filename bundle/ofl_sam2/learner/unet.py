@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ofl_sam2.intensity import intensity_for
-from ofl_sam2.learner.plan import Plan, ordered_grid, ordered_spacing
+from ofl_sam2.learner.plan import DEEPEST, Plan, ordered_grid, ordered_spacing
 from ofl_sam2.volume import Volume, canonical_view
 
-PATCH_VOXELS, MOST_VOXELS = 320_000, 2 << 20
+PATCH_VOXELS, MOST_VOXELS, PRETRAINED_DEEPEST = 320_000, 2 << 20, 3
 _FILTERS, _MOST_FILTERS = 16, 320
 _LEAST_LEVELS = 3
 _OVERLAP = 0.5
@@ -28,15 +28,22 @@ class VoxelUNet(nn.Module):
         values: label values of the structures.
         colour: it sees three channels instead of one.
         patch_voxels: most voxels of a patch.
+        deepest: how often a patch is halved at most; by default as often as the pretrained weights know.
     """
 
     def __init__(
-        self, plan: Plan, values: Sequence[int], colour: bool = False, patch_voxels: int = PATCH_VOXELS
+        self,
+        plan: Plan,
+        values: Sequence[int],
+        colour: bool = False,
+        patch_voxels: int = PATCH_VOXELS,
+        deepest: int = PRETRAINED_DEEPEST,
     ) -> None:
         super().__init__()
         self.plan, self.values, self.colour = plan, tuple(values), colour
-        self.patch_voxels, self.patch = patch_voxels, plan.patch(patch_voxels)
-        self.net = dynunet(plan, self.patch, 3 if colour else 1, 1 + len(self.values))
+        self.patch_voxels, self.deepest = patch_voxels, deepest
+        self.patch = plan.patch(patch_voxels, deepest)
+        self.net = dynunet(plan, self.patch, 3 if colour else 1, 1 + len(self.values), deepest)
         # DynUNet registers its layers a second time, and safetensors refuses shared tensors.
         object.__setattr__(self.net, "skip_layers", self.net._modules.pop("skip_layers"))
 
@@ -137,7 +144,19 @@ def adapted(weight: Tensor, shape: Sequence[int]) -> Tensor:
     return weight
 
 
-def dynunet(plan: Plan, patch: Sequence[int], channels: int, classes: int, deepest: int = 5) -> nn.Module:
+class _InstanceNorm(nn.InstanceNorm3d):
+    """The same, but channels may stay last in memory, where convolutions are up to three times as fast on a CPU."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Of `(B, C, x, y, z)`."""
+        each = [
+            functional.batch_norm(image, None, None, self.weight, self.bias, True, 0.0, self.eps)
+            for image in images.split(1)
+        ]
+        return each[0] if len(each) == 1 else torch.cat(each)
+
+
+def dynunet(plan: Plan, patch: Sequence[int], channels: int, classes: int, deepest: int = DEEPEST) -> nn.Module:
     """MONAI's DynUNet with deep supervision and 16 filters at full resolution, of at least three levels."""
     from monai.networks.nets import DynUNet  # takes seconds to import
 
@@ -146,7 +165,12 @@ def dynunet(plan: Plan, patch: Sequence[int], channels: int, classes: int, deepe
     strides, kernels = strides + missing * [[1, 1, 1]], kernels + missing * [[3, 3, 3]]
     filters = [min(_FILTERS * 2**level, _MOST_FILTERS) for level in range(len(strides))]
     heads = {"deep_supervision": True, "deep_supr_num": max(1, min(2, len(strides) - 2))}
-    return DynUNet(3, channels, classes, kernels, strides, strides[1:], filters=filters, **heads)
+    net = DynUNet(3, channels, classes, kernels, strides, strides[1:], filters=filters, **heads)
+    for block in net.modules():
+        for name, layer in block.named_children():
+            if isinstance(layer, nn.InstanceNorm3d):
+                block.register_module(name, _InstanceNorm(layer.num_features, layer.eps, affine=True))
+    return net.to(memory_format=torch.channels_last_3d)
 
 
 def in_order(array: NDArray[Any], volume: Volume) -> NDArray[Any]:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.learner.plan import Plan
-from ofl_sam2.learner.unet import Trunk, adapted, dynunet
+from ofl_sam2.learner.unet import PRETRAINED_DEEPEST, Trunk, adapted, dynunet
 from ofl_sam2.precision import autocast
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.training.checkpoint import resume
@@ -28,7 +28,6 @@ from ofl_sam2.training.synthetic_volumes import patients
 
 CUBE = Plan((1.0, 1.0, 1.0), (40, 40, 40))
 _FLAT, _THICKNESS, _FLAT_SHARE = (96, 96, 8), (3.0, 5.0, 8.0), 0.5
-_DEEPEST = 3
 _PAIRS, _MOST_STRUCTURES, _LEAST_VOXELS, _ORGANS_SHARE = 2, 8, 30, 0.7
 _RATE, _DECAY, _WARM_UP, _CLIP = 2e-3, 1e-4, 30, 12.0
 _LEVELS = (1.0, 0.5, 0.25)
@@ -43,7 +42,7 @@ class VoxelPretraining(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = Trunk(dynunet(CUBE, CUBE.shape, 1, 1, _DEEPEST))
+        self.trunk = Trunk(dynunet(CUBE, CUBE.shape, 1, 1, PRETRAINED_DEEPEST))
         self.scale = nn.Parameter(torch.full((len(_LEVELS),), SCALE))
         self.log_ridge = nn.Parameter(torch.full((len(_LEVELS),), math.log(RIDGE)))
         self.register_buffer("step", torch.tensor(0))
@@ -53,7 +52,7 @@ class VoxelPretraining(nn.Module):
     def features(self, images: Tensor, plan: Plan) -> list[Tensor]:
         """Features `(B, C, x, y, z)` of images `(B, 1, x, y, z)` at each level, the finest first."""
         if plan not in self._shapes:
-            self._shapes[plan] = Trunk(dynunet(plan, plan.shape, 1, 1, _DEEPEST))
+            self._shapes[plan] = Trunk(dynunet(plan, plan.shape, 1, 1, PRETRAINED_DEEPEST))
         shape, own = self._shapes[plan], dict(self.trunk.named_parameters())
         weights = {name: adapted(own[name], value.shape) for name, value in shape.named_parameters()}
         return functional_call(shape, weights, (images,))
