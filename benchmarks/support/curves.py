@@ -17,6 +17,7 @@ from .outcomes import METHODS, UNTRAINED
 from .table import Row
 
 COMPARED = 300
+_MARGIN = 0.15
 SECONDS = (3, 10, 30, 100, 300, 1000, 3000)
 NAMES = {
     "memory": "SAM2 memory only",
@@ -79,23 +80,31 @@ def _machine(conditions: dict) -> str:
 
 
 def draw_curves(path: Path, title: str, rows: Sequence[Row]) -> Path:
-    """One panel a K, Dice over wall time until the model is ready; a last one Dice over K. Bars span the draws."""
+    """One panel a K with several budgets, Dice of the first draw over wall time until the model is ready; a last one
+    Dice over K, mean of the draws, bars span them. What is below the panels stands at their floor, with its Dice.
+    """
+    groups = grouped(rows)
     sizes = sorted({row["k"] for row in rows})
-    panels = len(sizes) + (len(sizes) > 1)
-    columns = min(panels, 3)
+    timed = [k for k in sizes if len({budget for _, size, _, budget in groups if size == k and budget}) > 1] or sizes[
+        :1
+    ]
+    panels = len(timed) + (len(sizes) > 1)
+    columns = math.ceil(math.sqrt(panels))
     lines = math.ceil(panels / columns)
-    figure = Figure(figsize=(3.4 * columns + 2.4, 3.2 * lines + 0.4), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(4.2 * columns + 2.0, 3.2 * lines + 0.4), layout="constrained", facecolor="white")
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
     for unused in axes[panels:]:
         unused.set_visible(False)
-    ends = [pick(row["seconds"] for row in rows) for pick in (min, max)]
-    groups = grouped(rows)
-    for ax, k in zip(axes, sizes, strict=False):
-        _over_seconds(ax, {key: group for key, group in groups.items() if key[1] == k})
-        ax.set_title(f"K = {k}", fontsize=10, loc="left")
+    first = [row for row in rows if row["draw"] == 0]
+    ends = [pick(row["seconds"] for row in first) for pick in (min, max)]
+    floor = _floor(rows)
+    for ax, k in zip(axes, timed, strict=False):
+        _over_seconds(ax, grouped([row for row in first if row["k"] == k]), floor)
+        ax.set_title(f"K = {k}, first draw", fontsize=10, loc="left")
         ax.set_xlim(0.8 * ends[0], 1.25 * ends[1])
     if len(sizes) > 1:
-        _over_shots(axes[panels - 1], groups)
+        _over_shots(axes[panels - 1], groups, floor)
+    axes[0].set_ylim(floor - 0.01)
     figure.supylabel("Dice, mean over structures", fontsize=9)
     handles = {h.get_label(): h for ax in axes for h in ax.get_legend_handles_labels()[0]}
     shown = [handles[NAMES[method]] for method in METHODS if NAMES[method] in handles]
@@ -106,30 +115,38 @@ def draw_curves(path: Path, title: str, rows: Sequence[Row]) -> Path:
     return path
 
 
-def _over_seconds(ax: Axes, groups: dict[tuple[str, int, str, float], list[Row]]) -> None:
+def _floor(rows: Sequence[Row]) -> float:
+    """Below the untrained methods, or below all where there are none."""
+    dice = [row["dice"] for row in rows if row["method"] in UNTRAINED] or [row["dice"] for row in rows]
+    return max(0.0, math.floor(20 * (min(dice) - _MARGIN) + 1e-6) / 20)
+
+
+def _over_seconds(ax: Axes, groups: dict[tuple[str, int, str, float], list[Row]], floor: float) -> None:
     last = max(row["seconds"] for group in groups.values() for row in group)
     for method in METHODS:
         own = [group for key, group in groups.items() if key[2] == method]
         if own:
-            _line(ax, method, [_mean(group, "seconds") for group in own], own)
+            _line(ax, method, [_mean(group, "seconds") for group in own], own, floor)
             if method in UNTRAINED:
                 ax.hlines(_mean(own[0], "dice"), _mean(own[0], "seconds"), last, COLOURS[method], ":", linewidth=1)
     _logarithmic(ax, "seconds until the model is ready", SECONDS)
 
 
-def _over_shots(ax: Axes, groups: dict[tuple[str, int, str, float], list[Row]]) -> None:
+def _over_shots(ax: Axes, groups: dict[tuple[str, int, str, float], list[Row]], floor: float) -> None:
     budget = max((key[3] for key in groups if key[3] <= COMPARED), default=0)
     for method in METHODS:
         own = {
             key[1]: group for key, group in groups.items() if key[2:] == (method, 0 if method in UNTRAINED else budget)
         }
         if own:
-            _line(ax, method, list(own), list(own.values()))
-    ax.set_title(f"training {budget:g} s" if budget else "", fontsize=10, loc="left")
+            _line(ax, method, list(own), list(own.values()), floor)
+    ax.set_title(
+        f"mean of the draws, training {budget:g} s" if budget else "mean of the draws", fontsize=10, loc="left"
+    )
     _logarithmic(ax, "labelled volumes, K", sorted({key[1] for key in groups}))
 
 
-def _line(ax: Axes, method: str, x: Sequence[float], groups: Sequence[Sequence[Row]]) -> None:
+def _line(ax: Axes, method: str, x: Sequence[float], groups: Sequence[Sequence[Row]], floor: float) -> None:
     dice = [_mean(group, "dice") for group in groups]
     lows = [centre - min(row["dice"] for row in group) for centre, group in zip(dice, groups, strict=True)]
     highs = [max(row["dice"] for row in group) - centre for centre, group in zip(dice, groups, strict=True)]
@@ -142,6 +159,10 @@ def _line(ax: Axes, method: str, x: Sequence[float], groups: Sequence[Sequence[R
         "capsize": 2,
     }
     ax.errorbar(x, dice, yerr=(lows, highs), label=NAMES[method], **style)
+    for place, value in zip(x, dice, strict=True):
+        if value < floor:
+            ax.plot(place, floor, "v", color=COLOURS[method], markersize=5)
+            ax.annotate(f"{value:.2f}", (place, floor), (4, 2), textcoords="offset points", fontsize=7)
 
 
 def _logarithmic(ax: Axes, label: str, ticks: Sequence[float]) -> None:

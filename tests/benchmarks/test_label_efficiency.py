@@ -5,6 +5,7 @@ from pathlib import Path
 
 import label_efficiency
 import pytest
+from support import curves
 from support.curves import markdown
 from support.table import ResumableTable
 from support.tasks import DataSet, Task, draws
@@ -100,3 +101,20 @@ def test_report_averages_the_draws_and_lists_them(data_set, tmp_path):
     label_efficiency.report(table, tmp_path / "report")
     assert (tmp_path / "report.md").read_text() == text
     assert (tmp_path / "report_toy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_panels_end_below_the_untrained_methods_and_say_what_is_lower(data_set, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves.Figure, "savefig", lambda figure, path, **_: drawn.append(figure) or Path(path).touch())
+    low = {"dice": 0.2}
+    rows = [
+        {**result(row), **(low if row.method == "DynUNet" and row.budget == 10 else {})}
+        for row in label_efficiency.planned(data_set)
+    ]
+    curves.draw_curves(tmp_path / "curves.png", "toy", rows)
+    (panel,) = drawn[0].axes
+    assert panel.get_title(loc="left") == "K = 2, first draw"
+    assert panel.get_ylim()[0] == pytest.approx(0.34)
+    assert [text.get_text() for text in panel.texts] == ["0.20"]
+    ends = [line.get_ydata() for line in panel.get_lines() if len(line.get_ydata()) == 6]
+    assert ends and all(dice == 0.5 for line in ends for dice in line[1:])
