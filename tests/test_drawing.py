@@ -1,5 +1,6 @@
 """From probabilities to what is drawn."""
 
+from itertools import permutations
 from operator import itemgetter
 
 import numpy as np
@@ -11,7 +12,7 @@ from ofl_sam2.drawing import Drawing, scored
 from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.progress import Watch
-from ofl_sam2.volume import Volume
+from ofl_sam2.volume import Volume, canonical_view
 
 
 @pytest.fixture
@@ -42,6 +43,19 @@ def test_smoothing_is_as_wide_in_mm_along_all_axes(make_drawing):
     assert smooth.sum() == pytest.approx(1, abs=0.01)
     assert width(smooth.sum((1, 2)), 0.5) == pytest.approx(1, rel=0.05)
     assert width(smooth.sum((0, 1)), 1.0) == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+@pytest.mark.parametrize("times", [(), (2,)])
+def test_smoothing_rounds_alike_in_every_stored_order(make_drawing, order, times):
+    def smoothed(affine, stored):
+        return make_drawing(Volume(stored, affine, "a"))._smoothed(torch.from_numpy(stored[None]))[0].numpy()
+
+    affine = np.diag([1.0, 1.5, 2.0, 1.0])
+    voxels = np.random.default_rng(0).random((14, 13, 12, *times), np.float32)
+    turned = affine[:, [*order, 3]] * (-1, 1, -1, 1)
+    stored = np.ascontiguousarray(voxels.transpose(*order, *range(3, voxels.ndim))[::-1, :, ::-1])
+    assert np.array_equal(canonical_view(smoothed(turned, stored), turned), smoothed(affine, voxels))
 
 
 def test_thick_slices_and_times_are_not_mixed(make_drawing):

@@ -19,7 +19,7 @@ from ofl_sam2.memory.pool import View, describe
 from ofl_sam2.progress import Watch
 from ofl_sam2.propagation import LearnedView, Propagation, SegmentedSlice
 from ofl_sam2.quality import Quality
-from ofl_sam2.volume import SliceStack, Volume
+from ofl_sam2.volume import SliceStack, Volume, canonical_order
 from ofl_sam2.window import Window
 
 if TYPE_CHECKING:
@@ -108,10 +108,17 @@ class Drawing:
             yield result.index, stack.restore(result.logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT).cpu()).sigmoid()
 
     def _smoothed(self, probabilities: Tensor) -> Tensor:
-        """Probabilities `(k, *grid)` after a Gaussian."""
-        widths, smooth = self._widths(self.segmenter.settings.smoothing), torch.empty_like(probabilities)
+        """Probabilities `(k, *grid)` after a Gaussian.
+
+        Its axes follow each other as R, A, S, so that rounding does not depend on how the volume is stored.
+        """
+        order = list(range(len(self.volume.grid)))
+        if not self.volume.frames:
+            order[:3] = canonical_order(self.volume.affine)
+        widths = np.array(self._widths(self.segmenter.settings.smoothing))[order]
+        smooth = torch.empty_like(probabilities)
         for row, target in zip(probabilities.numpy(), smooth.numpy(), strict=True):
-            gaussian_filter(row, widths, output=target, mode="nearest")
+            gaussian_filter(row.transpose(order), widths, output=target.transpose(order), mode="nearest")
         return smooth
 
     def _widths(self, voxels: float) -> list[float]:

@@ -105,6 +105,16 @@ def canonical_view(array: NDArray[Any], affine: NDArray[np.float64]) -> NDArray[
     return array[flips].transpose(*order, *range(3, array.ndim))
 
 
+def canonical_order(affine: NDArray[np.float64]) -> list[int]:
+    """The array axes closest to R, A and S.
+
+    Example:
+        >>> canonical_order(np.array([[0, 0, -2, 0], [3, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]))
+        [2, 0, 1]
+    """
+    return [int(axis) for axis in np.argsort(nib.orientations.io_orientation(affine)[:, 0])]
+
+
 def choose_axis(volume: Volume) -> int:
     """Return the canonical axis to slice along: the through-plane direction of the scan.
 
@@ -133,9 +143,9 @@ def is_anisotropic(volume: Volume) -> bool:
 
 
 def _orientation(affine: NDArray[np.float64]) -> tuple[list[int], tuple[slice, ...]]:
-    """For each canonical axis its array axis, and for each array axis the step that makes it point to R, A or S."""
-    orientation = nib.orientations.io_orientation(affine)
-    return np.argsort(orientation[:, 0]).tolist(), tuple(slice(None, None, int(step)) for step in orientation[:, 1])
+    """See `canonical_order`, and for each array axis the step that makes it point to R, A or S."""
+    steps = nib.orientations.io_orientation(affine)[:, 1]
+    return canonical_order(affine), tuple(slice(None, None, int(step)) for step in steps)
 
 
 class SliceStack:

@@ -4,10 +4,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import nibabel as nib
 import numpy as np
 
-from ofl_sam2.volume import Volume
+from ofl_sam2.volume import Volume, canonical_order
 
 THICK, DEEPEST = 3.0, 5
 
@@ -89,14 +88,14 @@ def rounded_up(size: int, factor: int) -> int:
 def ordered_spacing(volume: Volume) -> np.ndarray:
     """Voxel size `(3,)` along R, A, S in mm; of frames along column and row, and thrice the larger in time."""
     spacing = np.array(volume.spacing)
-    return np.array([*spacing[:2], THICK * spacing[:2].max()]) if volume.frames else spacing[_order(volume)]
+    return (
+        np.array([*spacing[:2], THICK * spacing[:2].max()])
+        if volume.frames
+        else spacing[canonical_order(volume.affine)]
+    )
 
 
 def ordered_grid(volume: Volume) -> np.ndarray:
     """Voxels `(3,)` along the same axes."""
     grid = np.array(volume.grid[:3])
-    return grid if volume.frames else grid[_order(volume)]
-
-
-def _order(volume: Volume) -> np.ndarray:
-    return np.argsort(nib.orientations.io_orientation(volume.affine)[:, 0])
+    return grid if volume.frames else grid[canonical_order(volume.affine)]
