@@ -85,9 +85,8 @@ def draw_curves(path: Path, title: str, rows: Sequence[Row]) -> Path:
     """
     groups = grouped(rows)
     sizes = sorted({row["k"] for row in rows})
-    timed = [k for k in sizes if len({budget for _, size, _, budget in groups if size == k and budget}) > 1] or sizes[
-        :1
-    ]
+    budgets = {k: {budget for _, size, _, budget in groups if size == k and budget} for k in sizes}
+    timed = [k for k in sizes if len(budgets[k]) > 1] or sizes[:1]
     panels = len(timed) + (len(sizes) > 1)
     columns = math.ceil(math.sqrt(panels))
     lines = math.ceil(panels / columns)

@@ -112,7 +112,7 @@ def canonical_order(affine: NDArray[np.float64]) -> list[int]:
         >>> canonical_order(np.array([[0, 0, -2, 0], [3, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]))
         [2, 0, 1]
     """
-    return [int(axis) for axis in np.argsort(nib.orientations.io_orientation(affine)[:, 0])]
+    return _orientation(affine)[0]
 
 
 def choose_axis(volume: Volume) -> int:
@@ -144,8 +144,8 @@ def is_anisotropic(volume: Volume) -> bool:
 
 def _orientation(affine: NDArray[np.float64]) -> tuple[list[int], tuple[slice, ...]]:
     """See `canonical_order`, and for each array axis the step that makes it point to R, A or S."""
-    steps = nib.orientations.io_orientation(affine)[:, 1]
-    return canonical_order(affine), tuple(slice(None, None, int(step)) for step in steps)
+    orientation = nib.orientations.io_orientation(affine)
+    return np.argsort(orientation[:, 0]).tolist(), tuple(slice(None, None, int(step)) for step in orientation[:, 1])
 
 
 class SliceStack:
