@@ -9,8 +9,8 @@ from support import write
 from torch import nn
 
 from ofl_sam2.learner.plan import DEEPEST, Plan
-from ofl_sam2.learner.unet import PATCH_VOXELS, VoxelUNet
-from ofl_sam2.training.voxels import _loss
+from ofl_sam2.learner.unet import VoxelUNet
+from ofl_sam2.training.voxels import marginal_loss, patches_per_step
 
 REPEATS = 5
 PLANS = {"thin": Plan((1.0, 1.0, 1.0), (36, 50, 36)), "thick": Plan((1.4, 10.0, 1.4), (256, 12, 256))}
@@ -37,13 +37,13 @@ def by_monai(plan: Plan) -> VoxelUNet:
 def stepper(unet: VoxelUNet) -> Callable[[], None]:
     """A step on random patches, as many as in a training."""
     unet.train()
-    size = max(1, min(2, PATCH_VOXELS // torch.Size(unet.patch).numel()))
+    size = patches_per_step(unet)
     images, labels = torch.randn(size, 1, *unet.patch), torch.randint(3, (size, 1, *unet.patch)).float()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
 
     def step() -> None:
         optimizer.zero_grad()
-        _loss(unet, images, labels, torch.ones(size, 2)).backward()
+        marginal_loss(unet, images, labels, torch.ones(size, 2)).backward()
         optimizer.step()
 
     return step

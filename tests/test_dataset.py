@@ -10,6 +10,8 @@ from PIL import Image
 from ofl_sam2.dataset import Case, default_structures, find_cases, load_case, parse_structures
 from ofl_sam2.errors import InputError
 from ofl_sam2.files import read_volume
+from ofl_sam2.looks import Viewpoint
+from ofl_sam2.settings import Settings
 from ofl_sam2.volume import canonical_view
 
 AFFINE = np.diag([-1.0, -1.0, 3.0, 1.0])
@@ -19,6 +21,11 @@ def save(path, voxels, affine=AFFINE):
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(voxels, affine), path)
     return path
+
+
+def told(case):
+    """The slices that a model which begins with this case learns from."""
+    return Viewpoint.of(case.volume, 64, Settings()).labelled_slices(case)
 
 
 def save_frames(folder, names, value=0):
@@ -95,9 +102,18 @@ def test_a_good_pair(pair):
 
 
 def test_empty_slices_can_be_ignored(pair):
-    assert load_case(pair, ignore_empty_slices=True).labelled_slices == (1, 2)
-    through_columns = load_case(pair, ignore_empty_slices=True, axis=0).labelled_slices
-    assert through_columns == (1, 2, 3)
+    case = load_case(pair, ignore_empty_slices=True)
+    assert (case.labelled_slices, case.partly_labelled) == (None, True)
+    assert told(case) == (1, 2)
+    assert not load_case(pair).partly_labelled
+
+
+def test_values_that_no_model_can_hold_are_refused(pair):
+    save(pair.label, np.full((4, 5, 3), 65535, np.int32), AFFINE)
+    assert load_case(pair).values == (65535,)
+    save(pair.label, np.full((4, 5, 3), 65536, np.int32), AFFINE)
+    with pytest.raises(InputError, match=r"holds the value 65536\. Use values from 1 to 65535"):
+        load_case(pair)
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LAS", "SRP", "IPL"])
@@ -153,7 +169,7 @@ def test_frames_with_a_mask_file_are_the_labelled_slices(tmp_path):
     Image.fromarray(np.zeros((4, 6), np.uint8)).save(masks / "2.png")
     case = Case("video", images, masks)
     assert load_case(case).labelled_slices == (2, 10)
-    assert load_case(case, ignore_empty_slices=True).labelled_slices == (10,)
+    assert told(load_case(case, ignore_empty_slices=True)) == (10,)
     assert load_case(case).values == (3,)
 
 
@@ -224,4 +240,4 @@ def test_real_basal_and_apical_slices_are_unlabelled(data_dir):
     folder = data_dir / "sunnybrook_cine"
     slices = json.loads((folder / "cases.json").read_text())["SC-HF-I-2"]["ed_slices"]
     case = Case("ed", folder / "images/SC-HF-I-2_ED.nii.gz", folder / "labels/SC-HF-I-2_ED.nii.gz")
-    assert load_case(case, ignore_empty_slices=True).labelled_slices == tuple(slices)
+    assert told(load_case(case, ignore_empty_slices=True)) == tuple(slices)

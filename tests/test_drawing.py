@@ -122,23 +122,22 @@ def test_of_structures_the_unet_does_not_know_the_learner_decides():
     assert (both[1] > alone[1]).all()
 
 
-def test_volumes_that_are_not_averaged_go_without_the_unet(make_drawing, monkeypatch):
+@pytest.mark.parametrize(
+    ("room", "network_grid", "asks"), [(809, (9, 9, 5), False), (810, (9, 9, 5), True), (810, (9, 9, 6), False)]
+)
+def test_volumes_that_are_not_averaged_go_without_the_unet(make_drawing, monkeypatch, room, network_grid, asks):
     volume = Volume(np.random.default_rng(0).normal(0, 1, (9, 9, 5)), np.eye(4), "a")
-    drawing, asked = make_drawing(volume), []
+    drawing = make_drawing(volume)
 
     class Asked:
+        def shape_of(self, _):
+            return network_grid
+
         def probabilities(self, *_):
-            asked.append(1)
             return torch.zeros(2, 9, 9, 5)
 
     drawing.segmenter.unet = Asked()
-    monkeypatch.setattr("ofl_sam2.drawing.MAX_AVERAGED", 2 * 9 * 9 * 5 - 1)
+    monkeypatch.setattr("ofl_sam2.drawing.MAX_AVERAGED", room)
     with torch.no_grad():
         drawing.run()
-    assert not asked
-    assert drawing.by_unet is None
-    monkeypatch.setattr("ofl_sam2.drawing.MAX_AVERAGED", 2 * 9 * 9 * 5)
-    with torch.no_grad():
-        drawing.run()
-    assert asked
-    assert drawing.by_unet is not None
+    assert (drawing.by_unet is not None) == asks

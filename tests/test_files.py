@@ -17,7 +17,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from ofl_sam2.dicom import read_headers
 from ofl_sam2.errors import InputError
-from ofl_sam2.files import case_name, read_labels, read_volume, write_labels
+from ofl_sam2.files import case_name, data_files, read_labels, read_volume, write_labels
 from ofl_sam2.volume import Volume
 
 OBLIQUE = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.2, -0.1, 0.3) @ np.diag([-0.5, -0.7, 2.5]), (10, -20, 30))
@@ -271,6 +271,46 @@ def test_what_is_no_image_is_refused(tmp_path):
         with pytest.raises(InputError, match=message) as error:
             read_volume(tmp_path / name)
         assert name in str(error.value)
+
+
+META = "NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\n"
+NRRD = "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 2 2\nencoding: raw\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "named"),
+    [
+        ("a.mhd", META + "ElementDataFile = a.raw\n", ["a.raw"]),
+        ("a.mha", META + "ElementDataFile = ../other/a.raw\n", ["../other/a.raw"]),
+        ("a.mhd", META + "Comment = ElementDataFile = LOCAL\n  elementdatafile = /etc/passwd\n", ["/etc/passwd"]),
+        ("a.mhd", META + "ElementDataFile = LIST\nx/1.raw\n2.raw\n", ["x/1.raw", "2.raw"]),
+        ("a.mha", META + "ElementDataFile = LOCAL\nElementDataFile = x", []),
+        ("a.nrrd", NRRD + "data file: a.raw\n\n", ["a.raw"]),
+        ("a.nrrd", NRRD + "datafile: C:\\x\\a.raw\r\n\r\n", ["C:/x/a.raw"]),
+        ("a.nrrd", NRRD + "\ndata file: /etc/passwd\n", []),
+    ],
+)
+def test_voxels_come_from_beside_the_header_only(tmp_path, name, header, named):
+    folder = tmp_path / "here"
+    for place in (folder, tmp_path / "other", folder / "x"):
+        place.mkdir(exist_ok=True)
+        (place / "a.raw").write_bytes(bytes(range(8)))
+    path = folder / name
+    path.write_bytes(header.encode())
+    assert data_files(path) == named
+    if any("/" in entry for entry in named):
+        with pytest.raises(InputError, match="keeps its voxels in another folder"):
+            read_volume(path)
+    elif named:
+        assert read_volume(path).voxels.ravel(order="F").tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.nrrd"])
+def test_a_header_without_end_is_refused(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"# a comment\n" * 100_000 + b"ElementDataFile = /etc/passwd\n\n")
+    with pytest.raises(InputError, match="does not say where its voxels are"):
+        read_volume(path)
 
 
 def test_wrong_kinds_of_voxels_are_refused(tmp_path):

@@ -50,6 +50,29 @@ def test_partly_labelled_volumes_have_no_side_views(make_case):
     assert [(look.view, look.slices) for look in looks] == [(MAIN, (12, 14))]
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (((20, 24, 28), (1, 1, 1)), ((8, 30, 26), (3, 1, 1))),
+        (((24, 20, 6), (1, 1, 5)), ((6, 20, 24), (5, 1, 1))),
+        (((6, 20, 24), (5, 1, 1)), ((20, 24, 28), (1, 1, 1))),
+    ],
+)
+def test_empty_slices_are_ignored_along_the_slices_that_are_learned(make_case, first, second):
+    (grid, spacing), (other_grid, other_spacing) = first, second
+    point = viewpoint(make_case(grid=grid, affine=np.diag([*spacing, 1.0])))
+    case = replace(make_case("b", grid=other_grid, affine=np.diag([*other_spacing, 1.0])), ignore_empty_slices=True)
+    look, *others = point.looks(case)
+    filled = [bool(look.stack.slice_of(case.labels, index).any()) for index in range(len(look.stack))]
+    assert look.slices == tuple(np.flatnonzero(filled)) and not all(filled) and not others
+
+
+def test_empty_frames_are_ignored_by_a_model_of_any_axis(make_case):
+    point = viewpoint(make_case(grid=(6, 20, 24), affine=np.diag([5.0, 1, 1, 1])))
+    case = replace(make_case("b", grid=(24, 20, 8), frames=True), ignore_empty_slices=True)
+    assert next(point.looks(case)).slices == (2, 3, 4, 5)
+
+
 def test_side_views_of_very_large_volumes_are_left_out(make_case):
     case = make_case(grid=(MAX_SIDE_SLICES + 1, 20, 20), affine=ISOTROPIC)
     assert {look.view for look in viewpoint(case, close_ups=False).looks(case)} == {MAIN, View(1)}
@@ -79,6 +102,16 @@ def test_slices_of_a_partly_labelled_close_up_keep_their_numbers(make_case):
     close = [look for look in viewpoint(case).looks(case) if look.view.close]
     assert [look.slices for look in close] == [(31, 33)]
     assert len(close[0].stack) == SMALL[2]
+
+
+def test_what_is_drawn_in_unlabelled_slices_frames_no_close_up(make_case):
+    case = replace(small_structure(make_case), labelled_slices=(31, 33))
+    spoilt = case.labels.copy()
+    spoilt[5:10, 5:10, 40:50] = 1
+    looks, others = (list(viewpoint(case).looks(replace(case, labels=labels))) for labels in (case.labels, spoilt))
+    for look, other in zip(looks, others, strict=True):
+        assert np.array_equal(look.stack.volume.affine, other.stack.volume.affine)
+        assert np.array_equal(look.labels, other.labels) and look.stack.shape == other.stack.shape
 
 
 @pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, -1), (1, -1, 1)])

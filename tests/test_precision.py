@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ofl_sam2.precision import autocast
+from ofl_sam2.precision import autocast, draw_exactly
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,11 @@ def test_a_processor_computes_with_bfloat16_only_if_it_has_units_for_it(monkeypa
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     with autocast("cpu"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_a_gpu_draws_with_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    draw_exactly("cpu")
+    assert torch.backends.cudnn.allow_tf32
+    draw_exactly("cuda:1")
+    assert not torch.backends.cudnn.allow_tf32

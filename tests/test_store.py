@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -367,7 +368,7 @@ def test_an_entry_of_another_kind_is_a_model_error(folder, keys):
         (lambda index: index["settings"].update(order="backwards"), "damaged .*order"),
         (lambda index: index["settings"].update(magic=1), "damaged .*magic"),
         (lambda index: index["structures"].update({"x": "organ"}), "damaged"),
-        (lambda index: index["structures"].update({"256": "organ"}), "damaged"),
+        (lambda index: index["structures"].update({"65536": "organ"}), "damaged"),
         (lambda index: index["structures"].update({"9": "organ"}), r"no stored label holds \[9\]"),
         (lambda index: index["pool"][0].update(slices=[0]), "does not hold 1 labelled slices"),
         (lambda index: index["learner"].update(sha256="0" * 64), "content is not what was saved"),
@@ -386,6 +387,17 @@ def test_entries_that_make_no_sense_are_refused(folder, change, words):
     rewrite(folder, only_file)
     with pytest.raises((ModelError, WeightsError), match=words):
         load_model(folder)
+
+
+def test_any_value_that_is_learned_can_be_stored(make_segmenter, make_case, tmp_path):
+    case = make_case()
+    large = replace(case, labels=np.array([0, 300, 65535], np.uint16)[case.labels], values=(300, 65535))
+    segmenter = make_segmenter((large,))
+    save_model(segmenter, tmp_path / "model")
+    stored = load_model(tmp_path / "model")
+    assert list(stored.structures) == [300, 65535]
+    query = make_case("b", seed=1).volume
+    assert np.array_equal(stored.segment(query).labels, segmenter.segment(query).labels)
 
 
 @pytest.mark.parametrize("which", ["learner", "unet", "pool"])

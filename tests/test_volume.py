@@ -256,6 +256,15 @@ def test_padding_does_not_bleed_into_the_edge_of_a_downsampled_slice():
     assert torch.allclose(full, torch.ones(()), atol=1e-5)
 
 
+@pytest.mark.parametrize("signs", [(-1, 1, 1), (1, -1, -1)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_the_window_of_a_large_volume_does_not_depend_on_the_stored_orientation(order, signs):
+    voxels = np.random.default_rng(0).gamma(2, 100, (120, 100, 90)).astype(np.float32)
+    stored = nib.Nifti1Image(voxels, np.eye(4)).as_reoriented(np.array([*zip(order, signs, strict=True)]))
+    turned = Volume(np.asarray(stored.dataobj), stored.affine, "turned")
+    assert intensity_for(turned) == intensity_for(Volume(voxels, np.eye(4), "as it was"))
+
+
 def test_real_orientations_slice_the_same_way(data_dir):
     image = nib.load(data_dir / "totalsegmentator_examples/images/example_mr_sm.nii.gz")
     stored = Volume(np.asanyarray(image.dataobj), image.affine, "LPS")

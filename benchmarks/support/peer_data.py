@@ -7,9 +7,9 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 
-from ofl_sam2.dataset import LabelledCase, choose_axis
+from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.errors import InputError
-from ofl_sam2.volume import SliceStack, Volume
+from ofl_sam2.volume import SliceStack, Volume, choose_axis
 from ofl_sam2.window import Window
 
 

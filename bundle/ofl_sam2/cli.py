@@ -95,7 +95,10 @@ def train(
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
-    """Fit learner and fusion to all labelled volumes, in minutes. An interrupted training goes on."""
+    """Learn, then fit learner, fusion and a 3D U-Net to all labelled volumes, in minutes.
+
+    A training that was killed goes on from the last epoch of the learner; its U-Net begins anew.
+    """
     from ofl_sam2.jobs import learn_cases, open_segmenter, train_cases
     from ofl_sam2.training.settings import TrainingSettings
 

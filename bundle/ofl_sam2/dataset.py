@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from ofl_sam2.errors import InputError
 from ofl_sam2.files import case_name, is_image, read_labels, read_volume
 from ofl_sam2.frames import natural_key
-from ofl_sam2.volume import SliceStack, Volume, canonical_view, choose_axis
+from ofl_sam2.volume import Volume
 
+MAX_VALUE = 65535
 _MAX_STRUCTURES = 255
 
 
@@ -36,13 +37,29 @@ class LabelledCase:
         volume: the image.
         labels: unsigned integers in the volume's grid.
         values: label values that occur, without 0.
-        labelled_slices: slices (numbered like `SliceStack`) that count as labelled; None means all.
+        labelled_slices: main slices (numbered like `SliceStack`) that count as labelled; None means all.
+        ignore_empty_slices: of these, slices without any structure do not count.
+
+    Raises:
+        InputError: a label value above `MAX_VALUE`.
     """
 
     volume: Volume
     labels: NDArray[np.unsignedinteger[Any]] = field(repr=False)
     values: tuple[int, ...]
     labelled_slices: tuple[int, ...] | None = None
+    ignore_empty_slices: bool = False
+
+    def __post_init__(self) -> None:
+        if max(self.values, default=0) > MAX_VALUE:
+            raise InputError(
+                f"The label of {self.volume.name} holds the value {max(self.values)}. Use values from 1 to {MAX_VALUE}."
+            )
+
+    @property
+    def partly_labelled(self) -> bool:
+        """Whether some slices may not count as labelled."""
+        return self.labelled_slices is not None or self.ignore_empty_slices
 
 
 def find_cases(images: Path, labels: Path | None = None, cases: Sequence[str] | None = None) -> list[Case]:
@@ -73,7 +90,7 @@ def find_cases(images: Path, labels: Path | None = None, cases: Sequence[str] | 
     return [Case(name, image_paths[name], label_paths.get(name)) for name in names]
 
 
-def load_case(case: Case, *, ignore_empty_slices: bool = False, axis: int | None = None) -> LabelledCase:
+def load_case(case: Case, *, ignore_empty_slices: bool = False) -> LabelledCase:
     """Read a case and check that image and label belong together.
 
     A label of the same grid stored in another axis order (as converters write it) is brought into the image's order.
@@ -81,7 +98,6 @@ def load_case(case: Case, *, ignore_empty_slices: bool = False, axis: int | None
     Args:
         case: image and label.
         ignore_empty_slices: leave slices without any structure out of the labelled ones.
-        axis: slicing axis for that; None is the one `choose_axis` takes.
 
     Raises:
         InputError: no label, unreadable files, different grids, an empty label, or too many label values.
@@ -96,12 +112,7 @@ def load_case(case: Case, *, ignore_empty_slices: bool = False, axis: int | None
         raise InputError(f"{case.label} is empty: it holds no structure. Draw one, or leave the case out.")
     if len(values) > _MAX_STRUCTURES:
         raise InputError(f"{case.label} holds {len(values)} different values. Is it an image instead of a label?")
-    labelled = label_volume.labelled
-    if ignore_empty_slices:
-        stack = SliceStack(volume, choose_axis(volume) if axis is None else axis, size=32)
-        counted = range(len(stack)) if labelled is None else labelled
-        labelled = tuple(index for index in counted if stack.slice_of(labels, index).any())
-    return LabelledCase(volume, labels, values, labelled)
+    return LabelledCase(volume, labels, values, label_volume.labelled, ignore_empty_slices)
 
 
 def parse_structures(text: str) -> dict[int, str]:
@@ -163,17 +174,17 @@ def _missing(names: Iterable[str], among: Iterable[str]) -> str:
 
 def _in_grid_of(labels: Volume, volume: Volume) -> NDArray[np.unsignedinteger[Any]]:
     """Return the label voxels in the axis order of `volume`; a view's copy only where the orders differ."""
-    if labels.voxels.shape == volume.grid and (volume.frames or _same_place(labels.affine, volume.affine)):
+    if labels.voxels.shape == volume.grid and (volume.frames or same_place(labels.affine, volume.affine)):
         return labels.voxels
-    view = canonical_view(labels.voxels, labels.affine)
+    view = labels.in_order(labels.voxels)
     arranged = np.zeros(volume.grid, labels.voxels.dtype)
-    target = arranged if volume.frames else canonical_view(arranged, volume.affine)
+    target = volume.in_order(arranged)
     if volume.frames or view.shape != target.shape:
         raise InputError(
             f"{labels.path} has shape {_oriented_shape(labels)}, but {volume.path} has {_oriented_shape(volume)}. "
             "Resample the label to the image's grid with nearest-neighbour interpolation."
         )
-    if not _same_place(_canonical_affine(labels), _canonical_affine(volume)):
+    if not same_place(_canonical_affine(labels), _canonical_affine(volume)):
         raise InputError(
             f"{labels.path} and {volume.path} have the same shape but lie in different places in space. "
             f"Correct the label's header, or resample it to the image's grid. Label affine {_text(labels.affine)}, "
@@ -193,7 +204,7 @@ def _canonical_affine(volume: Volume) -> NDArray[np.float64]:
     return np.asarray(volume.affine @ nib.orientations.inv_ornt_aff(orientation, volume.grid[:3]))
 
 
-def _same_place(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
+def same_place(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
     """Whether affines agree to 1e-3 mm plus 1 % of the voxel size."""
     tolerance = 1e-3 + 0.01 * float(voxel_sizes(other).min())
     return bool(np.allclose(one, other, rtol=0, atol=tolerance))

@@ -19,7 +19,7 @@ from ofl_sam2.memory.pool import View, describe
 from ofl_sam2.progress import Watch
 from ofl_sam2.propagation import LearnedView, Propagation, SegmentedSlice
 from ofl_sam2.quality import Quality
-from ofl_sam2.volume import SliceStack, Volume, canonical_order
+from ofl_sam2.volume import SliceStack, Volume
 from ofl_sam2.window import Window
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class Drawing:
         close = self.segmenter.view(View(close=True)) if self.segmenter.settings.close_ups else None
         magnified = close.values if close else ()
         unet = self.segmenter.active_unet
-        if unet and is_averaged(self.volume.grid, len(self.values)):
+        count = len(self.values)
+        if unet and is_averaged(self.volume.grid, count) and is_averaged(unet.shape_of(self.volume), count):
             self.by_unet = unet.probabilities(self.volume, self.values, self.watch.check)
         canvas = Canvas(self.volume.grid, self.values, self.segmenter.settings.overlap, repaint=bool(magnified))
         self._look(canvas, None, self.values, overview=bool(magnified))
@@ -112,9 +113,7 @@ class Drawing:
 
         Its axes follow each other as R, A, S, so that rounding does not depend on how the volume is stored.
         """
-        order = list(range(len(self.volume.grid)))
-        if not self.volume.frames:
-            order[:3] = canonical_order(self.volume.affine)
+        order = [*self.volume.order, *range(3, len(self.volume.grid))]
         widths = np.array(self._widths(self.segmenter.settings.smoothing))[order]
         smooth = torch.empty_like(probabilities)
         for row, target in zip(probabilities.numpy(), smooth.numpy(), strict=True):

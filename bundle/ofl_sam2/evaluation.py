@@ -17,7 +17,7 @@ import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from rich.table import Table
 
-from ofl_sam2.dataset import default_structures, find_cases
+from ofl_sam2.dataset import default_structures, find_cases, same_place
 from ofl_sam2.errors import InputError
 from ofl_sam2.files import read_labels
 from ofl_sam2.volume import Volume
@@ -277,8 +277,7 @@ def _pair(predictions: Path, labels: Path, cases: Sequence[str] | None) -> dict[
 
 def _check_grid(prediction: Volume, reference: Volume) -> None:
     same_shape = prediction.voxels.shape == reference.voxels.shape
-    tolerance = 1e-3 + 0.01 * min(reference.spacing)
-    if not (same_shape and np.allclose(prediction.affine, reference.affine, rtol=0, atol=tolerance)):
+    if not (same_shape and same_place(prediction.affine, reference.affine)):
         raise InputError(
             f"{prediction.path} {prediction.voxels.shape} and {reference.path} {reference.voxels.shape} lie on "
             "different grids (shape, spacing, orientation or origin); resample the prediction to the reference."

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ _NIFTI_SUFFIXES = (".nii.gz", ".nii")
 IMAGE_SUFFIXES = (*_NIFTI_SUFFIXES, ".nrrd", ".mha", ".mhd")
 _WRITE_SUFFIXES = (*_NIFTI_SUFFIXES, ".nrrd", ".mha")
 _MAX_LABEL = np.iinfo(np.uint32).max
+_MOST_HEADER = 1 << 20
+_META_DATA = re.compile(rb"^[ \t]*ElementDataFile[ \t]*=[ \t]*(.*)", re.MULTILINE | re.IGNORECASE)
+_NRRD_DATA = re.compile(rb"^data ?file[ \t]*:[ \t]*(.*)", re.MULTILINE | re.IGNORECASE)
 _READ_ERRORS = (
     OSError,
     EOFError,
@@ -188,6 +193,8 @@ def _read_nifti(path: Path) -> Volume:
 
 
 def _read_itk(path: Path) -> Volume:
+    if any(name != Path(name).name for name in data_files(path)):
+        raise InputError(f"{path} keeps its voxels in another folder. Put them beside it, or save it as one file.")
     image = sitk.ReadImage(str(path))
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise InputError(f"{path} holds {image.GetNumberOfComponentsPerPixel()} values a voxel. Export a grey image.")
@@ -199,6 +206,25 @@ def _read_itk(path: Path) -> Volume:
     affine[:3, 3] = image.GetOrigin()[:3]
     voxels = _drop_single_axes(path, sitk.GetArrayFromImage(image).transpose())
     return Volume(voxels, LPS_TO_RAS @ affine, case_name(path), path=path)
+
+
+def data_files(path: Path) -> list[str]:
+    """Other files that the header of a MetaImage or NRRD file names as holding its voxels; none if it holds them.
+
+    Raises:
+        InputError: there is no such header.
+    """
+    nrrd = image_suffix(path).lower() == ".nrrd"
+    with path.open("rb") as file:
+        head = file.read(_MOST_HEADER).replace(b"\r\n", b"\n")
+    if nrrd:
+        head, end, _ = head.partition(b"\n\n")
+    found = (_NRRD_DATA if nrrd else _META_DATA).search(head)
+    if found is None and not (nrrd and end):
+        raise InputError(f"Cannot read {path}: its header does not say where its voxels are. Export it again.")
+    first, *others = head[found.start(1) :].split(b"\n") if found else [b"LOCAL"]
+    names = others if first.startswith(b"LIST") else [] if first.strip().upper() == b"LOCAL" else [first]
+    return [os.fsdecode(name.strip().replace(b"\\", b"/")) for name in names if name.strip()]
 
 
 def _drop_single_axes(path: Path, voxels: NDArray[Any]) -> NDArray[Any]:

@@ -45,7 +45,7 @@ def intensity_for(volume: "Volume", ct_window: tuple[float, float] = (-160.0, 24
     """
     if volume.colour:
         return Intensity("window", 0.0, _colour_maximum(volume.voxels))
-    sample = _finite_sample(volume.voxels)
+    sample = _finite_sample(volume.in_order(volume.voxels))  # the same, however the volume is stored
     low, high = _limits(volume.voxels)
     if low <= _CT_AIR and high >= _CT_BONE and np.array_equal(sample, np.rint(sample)):
         return Intensity("window", *ct_window)

@@ -112,7 +112,7 @@ def learn_cases(
     notes = read_index(model).notes if is_model(model) and len(segmenter.pool) else {}
     names = parse_structures(structures) if structures else None
     with progress("learn", unit="case") as done:
-        loaded = _counted(_load(chosen, segmenter, ignore_empty_slices), len(chosen), done)
+        loaded = _counted(_load(chosen, ignore_empty_slices), len(chosen), done)
         segmenter.learn(loaded, names, cancel=cancel)
     save_model(segmenter, model, notes)
     return {
@@ -141,7 +141,7 @@ def train_cases(
     Raises:
         Cancelled: stopped by `cancel`; what was fitted until then is saved.
     """
-    loaded = list(_load(_labelled(images, labels, cases), segmenter, ignore_empty_slices))
+    loaded = list(_load(_labelled(images, labels, cases), ignore_empty_slices))
     with progress("encode augmented copies") as encoded, progress("train", unit="%") as trained:
         result = train(
             segmenter,
@@ -296,9 +296,9 @@ def _labelled(images: Path, labels: Path, names: Sequence[str] | None) -> list[C
     return cases
 
 
-def _load(cases: Iterable[Case], segmenter: VolumeSegmenter, ignore_empty_slices: bool) -> Iterator[LabelledCase]:
+def _load(cases: Iterable[Case], ignore_empty_slices: bool) -> Iterator[LabelledCase]:
     for case in cases:
-        yield load_case(case, ignore_empty_slices=ignore_empty_slices, axis=segmenter.axis)
+        yield load_case(case, ignore_empty_slices=ignore_empty_slices)
 
 
 def _counted(cases: Iterator[LabelledCase], total: int, done: Progress) -> Iterator[LabelledCase]:

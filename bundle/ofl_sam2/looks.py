@@ -1,7 +1,7 @@
 """Where to look: along the main axis, along the others where voxels are nearly isotropic, close up at what is small."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,14 @@ class Viewpoint:
         """The main slices of a whole volume."""
         return SliceStack(volume, self.main_axis(volume), self.size)
 
+    def labelled_slices(self, case: LabelledCase) -> tuple[int, ...]:
+        """The main slices of a case that count as labelled."""
+        stack = self.stack(case.volume)
+        counted = tuple(range(len(stack))) if case.labelled_slices is None else case.labelled_slices
+        if not case.ignore_empty_slices:
+            return counted
+        return tuple(index for index in counted if stack.slice_of(case.labels, index).any())
+
     def stacks(self, volume: Volume, grey: Intensity, window: Window | None = None) -> dict[View, SliceStack]:
         """All stacks through a volume, or through a window of it."""
         part, close, main = volume.cropped(window) if window else volume, window is not None, self.main_axis(volume)
@@ -77,24 +85,34 @@ class Viewpoint:
 
     def looks(self, case: LabelledCase) -> Iterator[Look]:
         """Every look at a labelled case, the main one first. Side views need a label on every slice."""
-        grey = intensity_for(case.volume)
-        yield from self._looks(case, grey, None, ())
+        grey, slices, labels = intensity_for(case.volume), self.labelled_slices(case), case.labels
+        if case.partly_labelled:
+            labels, stack = np.zeros_like(labels), self.stack(case.volume)
+            for index in slices:
+                stack.slice_of(labels, index)[...] = stack.slice_of(case.labels, index)
+        case = replace(case, labels=labels)
+        yield from self._looks(case, slices, grey, None, ())
         if self.settings.close_ups:
-            masks = ((value, case.labels == value) for value in case.values)
+            masks = ((value, labels == value) for value in case.values)
             for window, focus in windows(case.volume, masks):
-                yield from self._looks(case, grey, window, focus)
+                yield from self._looks(case, slices, grey, window, focus)
 
     def _looks(
-        self, case: LabelledCase, grey: Intensity, window: Window | None, focus: tuple[int, ...]
+        self,
+        case: LabelledCase,
+        slices: tuple[int, ...],
+        grey: Intensity,
+        window: Window | None,
+        focus: tuple[int, ...],
     ) -> Iterator[Look]:
-        if window is not None and case.labelled_slices is not None:
+        if window is not None and case.partly_labelled:
             window = _all_slices(window, self.stack(case.volume))
         labels = case.labels if window is None else case.labels[window.slices]
         for view, stack in self.stacks(case.volume, grey, window).items():
             if view.axis is None:
-                every = tuple(range(len(stack)))
-                yield Look(view, focus, stack, labels, every if case.labelled_slices is None else case.labelled_slices)
-            elif case.labelled_slices is None:
+                shown = slices if case.partly_labelled else tuple(range(len(stack)))
+                yield Look(view, focus, stack, labels, shown)
+            elif not case.partly_labelled:
                 yield Look(view, focus, stack, labels, _telling(stack, labels))
 
 

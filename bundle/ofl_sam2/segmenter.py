@@ -211,7 +211,7 @@ class VolumeSegmenter:
         """Frozen features of inputs `(N, 3, size, size)`, rounded to float16, each slice encoded once."""
         parts = []
         for image in images:  # one by one: features depend on the batch size in the last bits
-            key = self.cache.key(self.backbone_hash, image.numpy())
+            key = self.cache.key(self.backbone_hash, self.device.type, image.numpy())
             entry = self.cache.get(key)
             if entry is None:
                 fresh = self.backbone.encode_images(image[None].to(self.device))

@@ -21,6 +21,7 @@ from ofl_sam2.atomic import atomic_path, atomic_write_text
 from ofl_sam2.backbone.frozen import ImageFeatures, SAM2Backbone
 from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.backbone.weights import read_state, sha256_of
+from ofl_sam2.dataset import MAX_VALUE
 from ofl_sam2.errors import InputError, ModelError
 from ofl_sam2.learner.load import learner_bytes, read_learner, read_unet, unet_bytes
 from ofl_sam2.looks import Viewpoint
@@ -33,7 +34,6 @@ FORMAT = 3
 INDEX = "model.json"
 _FILE = re.compile(r"(learner|unet|pool)-[0-9a-f]{16}\.safetensors")
 _OWN = re.compile(rf"(\.[0-9a-f]+\.partial\.)?{_FILE.pattern}")
-_MAX_VALUE = 255
 _FORMER_SETTINGS = ("refinement", "unet")
 _ADVICE = "Restore the folder from a copy, or learn again with --fresh."
 
@@ -125,7 +125,7 @@ class ModelIndex:
             raise ValueError(f"axis {index.axis}")
         if not all(case.slices for case in index.pool) or not index.pool:
             raise ValueError("no labelled slices")
-        if not all(0 < value <= _MAX_VALUE for value in index.structures) or not index.structures:
+        if not all(0 < value <= MAX_VALUE for value in index.structures) or not index.structures:
             raise ValueError(f"structures {index.structures}")
         return index
 

@@ -91,6 +91,21 @@ class Volume:
         i, j, k = voxel_sizes(self.affine).tolist()
         return i, j, k
 
+    @property
+    def order(self) -> list[int]:
+        """The array axes closest to R, A and S; of frames column, row and time, as stored.
+
+        Example:
+            >>> affine = np.array([[0, 0, -2, 0], [3, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+            >>> Volume(np.zeros((4, 5, 6)), affine, "case").order
+            [2, 0, 1]
+        """
+        return [0, 1, 2] if self.frames else _orientation(self.affine)[0]
+
+    def in_order(self, array: NDArray[Any]) -> NDArray[Any]:
+        """View an array in this volume's grid along R, A, S; of frames as it is."""
+        return array if self.frames else canonical_view(array, self.affine)
+
 
 def canonical_view(array: NDArray[Any], affine: NDArray[np.float64]) -> NDArray[Any]:
     """View `array` `(X, Y, Z, ...)` in the closest RAS+ axis order, by transposing and flipping only.
@@ -105,16 +120,6 @@ def canonical_view(array: NDArray[Any], affine: NDArray[np.float64]) -> NDArray[
     return array[flips].transpose(*order, *range(3, array.ndim))
 
 
-def canonical_order(affine: NDArray[np.float64]) -> list[int]:
-    """The array axes closest to R, A and S.
-
-    Example:
-        >>> canonical_order(np.array([[0, 0, -2, 0], [3, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]))
-        [2, 0, 1]
-    """
-    return _orientation(affine)[0]
-
-
 def choose_axis(volume: Volume) -> int:
     """Return the canonical axis to slice along: the through-plane direction of the scan.
 
@@ -122,7 +127,7 @@ def choose_axis(volume: Volume) -> int:
     """
     if volume.frames:
         return 2
-    order, _ = _orientation(volume.affine)
+    order = volume.order
     flat = [axis for axis in (2, 1, 0) if volume.voxels.shape[order[axis]] == 1]
     if flat:
         return flat[0]
@@ -143,7 +148,7 @@ def is_anisotropic(volume: Volume) -> bool:
 
 
 def _orientation(affine: NDArray[np.float64]) -> tuple[list[int], tuple[slice, ...]]:
-    """See `canonical_order`, and for each array axis the step that makes it point to R, A or S."""
+    """The array axes closest to R, A and S, and for each array axis the step that makes it point there."""
     orientation = nib.orientations.io_orientation(affine)
     return np.argsort(orientation[:, 0]).tolist(), tuple(slice(None, None, int(step)) for step in orientation[:, 1])
 
@@ -215,7 +220,7 @@ class SliceStack:
         if self.volume.frames:
             return array[:, :, index].swapaxes(0, 1)
         position, time = divmod(index, self.times)
-        plane = np.moveaxis(canonical_view(array, self.volume.affine), self.axis, 0)[position]
+        plane = np.moveaxis(self.volume.in_order(array), self.axis, 0)[position]
         plane = plane if plane.ndim == 2 else plane[..., time]
         return plane.T[::-1, ::-1]
 
@@ -252,8 +257,6 @@ class SliceStack:
 
     def _array_axes(self) -> tuple[int, int, int]:
         """Array axes of the rows, of the columns and of the slicing direction."""
-        if self.volume.frames:
-            return 1, 0, 2
-        order, _ = _orientation(self.volume.affine)
+        order = self.volume.order
         column, row = (order[axis] for axis in range(3) if axis != self.axis)
         return row, column, order[self.axis]

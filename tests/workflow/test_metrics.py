@@ -36,6 +36,17 @@ def test_same_numbers_as_the_command_line(network, make_case, name):
     assert metric.get_buffer()[1, 1].isnan()
 
 
+def test_voxels_of_another_orientation_are_not_compared(network, make_case):
+    case = make_case()
+    labels = torch.from_numpy(case.labels)[None]
+    here, mirrored = ({"affine": torch.from_numpy(case.volume.affine * flip)} for flip in ([1], [-1, 1, 1, 1]))
+    metric = CaseScore("dice", network)
+    metric([MetaTensor(labels, meta=here)], [MetaTensor(labels, meta=here)])
+    assert metric.aggregate().item() == 1
+    with pytest.raises(InputError, match="another orientation or place"):
+        metric([MetaTensor(labels, meta=here)], [MetaTensor(labels, meta=mirrored)])
+
+
 def test_a_reference_needs_a_place_in_space(network):
     with pytest.raises(InputError, match="LoadImaged"):
         CaseScore("dice", network)(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 1, 4, 4, 4))

@@ -109,6 +109,22 @@ def test_a_checkpoint_loader_acts_before_the_training(build, tmp_path):
     assert seen == [pytest.approx(0.01)]
 
 
+def test_a_validation_sees_what_is_fitted_so_far(build):
+    trainer, seen = build(max_epochs=3), []
+
+    class Validation(Recorder):
+        def attach(self, engine: Engine) -> None:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+        def __call__(self, engine: Engine) -> None:
+            seen.append(trainer.network.learner.lam.item())
+
+    trainer.handlers = [Validation()]
+    before = trainer.network.learner.lam.item()
+    trainer.run()
+    assert len({before, *seen}) == 4
+
+
 def test_a_validation_may_stop_it(build):
     recorder = Recorder()
     early_stop = EarlyStopHandler(1, lambda engine: 0.0)

@@ -8,6 +8,7 @@ from ofl_sam2.backbone.configs import backbone_config
 from ofl_sam2.backbone.frozen import SAM2Backbone
 from ofl_sam2.backbone.weights import load_strict, read_state, verify, weights_path
 from ofl_sam2.errors import WeightsError
+from ofl_sam2.precision import draw_exactly
 
 NANO_WEIGHTS = Path(__file__).parents[1] / "weights" / "nano.safetensors"
 
@@ -40,4 +41,5 @@ def load_backbone(name: str, image_size: int | None = None, device: str = "cpu")
             raise WeightsError(f"{path} holds the weights of {found.name}, not of {name}.")
     backbone = SAM2Backbone(config, default if image_size is None else image_size)
     load_strict(backbone.sam2, read_state(path), source=str(path))
+    draw_exactly(device)
     return backbone.freeze().to(torch.device(device))

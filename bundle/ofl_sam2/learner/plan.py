@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ofl_sam2.volume import Volume, canonical_order
+from ofl_sam2.volume import Volume
 
 THICK, DEEPEST = 3.0, 5
 
@@ -41,8 +41,9 @@ class Plan:
         while math.prod(plan.shape) > most_voxels:
             finest = 1.1 * min(plan.spacing)
             spacing = tuple(max(step, finest) for step in plan.spacing)
-            sizes = zip(plan.shape, plan.spacing, spacing, strict=True)
-            plan = replace(plan, spacing=spacing, shape=tuple(math.floor(n * old / new) for n, old, new in sizes))
+            sizes = zip(self.shape, self.spacing, spacing, strict=True)
+            shape = tuple(max(1, math.floor(n * old / new)) for n, old, new in sizes)
+            plan = replace(self, spacing=spacing, shape=shape)
         return plan
 
     @property
@@ -88,14 +89,9 @@ def rounded_up(size: int, factor: int) -> int:
 def ordered_spacing(volume: Volume) -> np.ndarray:
     """Voxel size `(3,)` along R, A, S in mm; of frames along column and row, and thrice the larger in time."""
     spacing = np.array(volume.spacing)
-    return (
-        np.array([*spacing[:2], THICK * spacing[:2].max()])
-        if volume.frames
-        else spacing[canonical_order(volume.affine)]
-    )
+    return np.array([*spacing[:2], THICK * spacing[:2].max()]) if volume.frames else spacing[volume.order]
 
 
 def ordered_grid(volume: Volume) -> np.ndarray:
     """Voxels `(3,)` along the same axes."""
-    grid = np.array(volume.grid[:3])
-    return grid if volume.frames else grid[canonical_order(volume.affine)]
+    return np.array(volume.grid)[volume.order]

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ofl_sam2.intensity import intensity_for
 from ofl_sam2.learner.plan import DEEPEST, Plan, ordered_grid, ordered_spacing
-from ofl_sam2.volume import Volume, canonical_view
+from ofl_sam2.volume import Volume
 
 PATCH_VOXELS, MOST_VOXELS, PRETRAINED_DEEPEST = 320_000, 2 << 20, 3
 _FILTERS, _MOST_FILTERS = 16, 320
@@ -81,13 +81,13 @@ class VoxelUNet(nn.Module):
             )
             for value, found in zip(self.values, drawn[0].softmax(0)[1:], strict=True):
                 if value in values:
-                    target = at_time(in_order(result[values.index(value)], volume), time)
+                    target = at_time(volume.in_order(result[values.index(value)]), time)
                     target[...] = resized(found[None], target.shape)[0].numpy()
         return torch.from_numpy(result)
 
     def images(self, volume: Volume) -> Iterator[Tensor]:
         """The volume as the network sees it, on its grid, `(C, x, y, z)` with mean 0 and variance 1; one a time."""
-        window, voxels = intensity_for(volume), in_order(volume.voxels, volume)
+        window, voxels = intensity_for(volume), volume.in_order(volume.voxels)
         shape = self.shape_of(volume)
         for time in range(times(volume)):
             grey = window.apply(voxels if volume.colour else at_time(voxels, time))
@@ -171,11 +171,6 @@ def dynunet(plan: Plan, patch: Sequence[int], channels: int, classes: int, deepe
             if isinstance(layer, nn.InstanceNorm3d):
                 block.register_module(name, _InstanceNorm(layer.num_features, layer.eps, affine=True))
     return net.to(memory_format=torch.channels_last_3d)
-
-
-def in_order(array: NDArray[Any], volume: Volume) -> NDArray[Any]:
-    """View of an array in a volume's grid, the axes as a `Plan` has them."""
-    return array if volume.frames else canonical_view(array, volume.affine)
 
 
 def times(volume: Volume) -> int:

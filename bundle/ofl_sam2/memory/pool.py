@@ -61,7 +61,8 @@ class PooledCase:
     @cached_property
     def known(self) -> frozenset[int]:
         """Label values it can teach."""
-        return frozenset(self.focus) or frozenset().union(*self.present)
+        present = frozenset().union(*self.present)
+        return present & frozenset(self.focus) if self.focus else present
 
     @cached_property
     def descriptors(self) -> Tensor:

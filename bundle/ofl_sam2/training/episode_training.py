@@ -38,7 +38,7 @@ class EpisodeTraining:
         self, segmenter: VolumeSegmenter, copies: FreshCopies, settings: TrainingSettings, budget: float
     ) -> None:
         self.copies, self.settings, self.budget = copies, settings, budget
-        self.backbone = segmenter.backbone
+        self.backbone, self._shown = segmenter.backbone, segmenter.learner
         self.learner = copy.deepcopy(segmenter.learner)
         self.average = AveragedModel(self.learner, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGED))
         self.bank = EpisodeBank(segmenter.backbone, copies.volumes, tuple(segmenter.structures))
@@ -57,6 +57,15 @@ class EpisodeTraining:
     def steps(self) -> int:
         """Steps taken so far, those before a resume included."""
         return int(self.average.n_averaged)
+
+    def set_aside(self, seconds: float) -> None:
+        """Count time that was spent before the first step; all processes count alike, so that they end together."""
+        (mean,) = synchronise(list(self.learner.parameters()), seconds)
+        self.spent = max(self.spent, mean)
+
+    def show(self) -> None:
+        """Let the segmenter's learner have what is fitted so far."""
+        self._shown.load_state_dict(self.average.module.state_dict())
 
     def run(
         self,
@@ -90,6 +99,7 @@ class EpisodeTraining:
 
         total, steps = self.settings.epochs or _ENDLESS, self.settings.steps_per_epoch
         if attach:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.show)
             attach(engine)
         if self.epochs < total and self._share() < 1:
             engine.load_state_dict({"epoch": self.epochs, "max_epochs": total, "epoch_length": steps})
@@ -125,7 +135,8 @@ class EpisodeTraining:
         self.optimizer.zero_grad()
         loss.backward()
         parameters = list(self.learner.parameters())
-        spent, mean_loss = synchronise(parameters, time.perf_counter() - started, loss.item())
+        value = loss.item()  # waits for a GPU
+        spent, mean_loss = synchronise(parameters, time.perf_counter() - started, value)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
         self.average.update_parameters(self.learner)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ofl_sam2.dataset import LabelledCase
-from ofl_sam2.drawing import scored
+from ofl_sam2.drawing import is_averaged, scored
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.memory.pool import MAIN, PooledCase, SupportPool, View
 from ofl_sam2.propagation import LearnedView, Propagation
@@ -86,15 +86,20 @@ class HeldOut:
             cases: those with held-out slices.
 
         Returns:
-            For each case `(S, K, h, w)` at logit size; K are all structures of the segmenter.
+            For each case `(S, K, h, w)` at logit size; K are all structures of the segmenter. NaN of a case that is too
+            large on its grid.
         """
         seconds: dict[str, Tensor] = {}
         for case in cases:
             pooled = segmenter.pool.cases[case.volume.name]
-            found = unet.probabilities(case.volume, tuple(segmenter.structures), lambda: None).numpy()
-            stack, side = segmenter.stack(case.volume), pooled.labels.shape[-1] // 4
-            planes = []
-            for row in _middle(pooled, self.rows[MAIN, pooled.key]):
+            values, side = tuple(segmenter.structures), pooled.labels.shape[-1] // 4
+            rows = _middle(pooled, self.rows[MAIN, pooled.key])
+            if not is_averaged(unet.shape_of(case.volume), len(values)):
+                seconds[pooled.key] = torch.full((len(rows), len(values), side, side), torch.nan)
+                continue
+            found = unet.probabilities(case.volume, values, lambda: None).numpy()
+            stack, planes = segmenter.stack(case.volume), []
+            for row in rows:
                 plane = np.stack([stack.slice_of(maps, pooled.slices[row]) for maps in found]).astype(np.float32)
                 planes.append(shrink_masks(stack.geometry.to_input(torch.from_numpy(plane))[:, 0], side))
             seconds[pooled.key] = torch.stack(planes)

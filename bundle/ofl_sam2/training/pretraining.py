@@ -175,6 +175,9 @@ def pretrain(
 ) -> Iterator[StepReport]:
     """Run what is left of a time budget, yielding a report per step and writing checkpoints.
 
+    A stage that was interrupted goes on with a new optimizer and warm-up, one of the learner alone from the running
+    average.
+
     Args:
         state: fresh, shipped, or loaded from a checkpoint; changed in place.
         checkpoint: where to save.

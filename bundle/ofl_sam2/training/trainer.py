@@ -44,8 +44,9 @@ def train(
     A part of the time is for a 3D U-Net, unless a volume is too large to average probabilities in; with one case, or
     in less than two minutes, all of it, if the learner was fitted before. A part of the labels is held out; fitted
     parameters that are not better on it are dropped. So is the U-Net if it does not help what was kept, in a case that
-    it has not seen, or in slices of a lone one; once it has helped, it learns from all labels. Under
-    `torch.distributed` the processes share the episodes of each step.
+    it has not seen, or in slices of a lone one; once it has helped, it learns from all labels, and takes the place of
+    an earlier one, which has seen what is held out and so cannot be compared. Under `torch.distributed` the processes
+    share the episodes of each step.
 
     Args:
         segmenter: changed in place when training ends, also when it is cancelled after the first epoch.
@@ -55,7 +56,8 @@ def train(
         report: called after each epoch.
         encoded: called with (done, total) slices while copies are encoded.
         cancel: to stop at the next step.
-        attach: called with the engine before it runs; its output is the loss of a step.
+        attach: called with the engine before it runs; its output is the loss of a step. At the end of an epoch the
+            segmenter has what is fitted so far.
 
     Raises:
         InputError: the segmenter has not learned yet, or there are more processes than episodes.
@@ -68,12 +70,13 @@ def train(
         raise InputError(
             f"{world_size()} processes cannot share {settings.episodes} episodes. Give as many episodes as processes."
         )
-    judge = _Judge(segmenter, cases)
+    names = [case.volume.name for case in cases]
+    judge = _Judge(segmenter, cases, names)
     share = _unet_share(segmenter, cases, settings.minutes) if judge.held_out.rows else 0.0
     alone = judge.held_out.dice(segmenter) if share else None
     result = TrainingResult([], alone, None, False)
     if share < 1:
-        result = _fit_learner(segmenter, cases, settings, 1 - share, checkpoint, report, encoded, cancel, attach)
+        result = _fit_learner(segmenter, cases, names, settings, 1 - share, checkpoint, report, encoded, cancel, attach)
     reports = result.reports
     if share:
         unet = _fit_unet(segmenter, cases, judge, settings, share, reports, report, cancel)
@@ -91,6 +94,7 @@ def train(
 def _fit_learner(
     segmenter: VolumeSegmenter,
     cases: Sequence[LabelledCase],
+    names: Sequence[str],
     settings: TrainingSettings,
     share: float,
     checkpoint: Path | None,
@@ -101,8 +105,10 @@ def _fit_learner(
 ) -> TrainingResult:
     """Fit learner and fusion in their share of the time, see `train`."""
     started = time.perf_counter()
-    names = [case.volume.name for case in cases]
-    held_out = HeldOut.choose([c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names])
+    pooled = [c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names]
+    held_out = HeldOut.choose(pooled)
+    if not any(rest.known & segmenter.structures.keys() for c in pooled if (rest := held_out.without(c))):
+        held_out = HeldOut({})  # nothing else teaches
     room = min(settings.max_slices, round(_SLICES_PER_MINUTE * settings.minutes * share))
     copies = FreshCopies(segmenter, cases, names, held_out, settings.copies, room, settings.seed)
     run = EpisodeTraining(segmenter, copies, settings, 60 * settings.minutes * share)
@@ -112,10 +118,10 @@ def _fit_learner(
     encoding, started = time.perf_counter() - started, time.perf_counter()
     before = held_out.dice(segmenter)
     scoring = 2 * (time.perf_counter() - started)
-    run.spent = max(run.spent, min(encoding + scoring, _MOST_ASIDE * run.budget))
-    reports = run.run(checkpoint, report, cancel, attach)
+    run.set_aside(min(encoding + scoring, _MOST_ASIDE * run.budget))
     old = copy.deepcopy(segmenter.learner.state_dict())
-    segmenter.learner.load_state_dict(run.average.module.state_dict())
+    reports = run.run(checkpoint, report, cancel, attach)
+    run.show()
     after = held_out.dice(segmenter)
     improved = before is None or after is None or after > before
     if not improved:
@@ -144,21 +150,22 @@ class _Judge:
 
     Attributes:
         held_out: these slices.
-        early: the other labels.
         dice: on them, with the last U-Net asked about.
     """
 
-    def __init__(self, segmenter: VolumeSegmenter, cases: Sequence[LabelledCase]) -> None:
-        pooled = {case.volume.name: segmenter.pool.cases[case.volume.name] for case in cases}
-        self.segmenter, self.cases = segmenter, cases
-        self.held_out = HeldOut.choose(list(pooled.values()), enough=2)
-        seen = [self.held_out.seen(case, pooled[case.volume.name]) for case in cases]
-        self.early = [case for case in seen if case]
+    def __init__(self, segmenter: VolumeSegmenter, cases: Sequence[LabelledCase], names: Sequence[str]) -> None:
+        self.segmenter, self.cases, self.names = segmenter, cases, names
+        self.held_out = HeldOut.choose([segmenter.pool.cases[name] for name in names], enough=2)
         self.dice: float | None = None
+
+    def seen(self, case: LabelledCase) -> LabelledCase | None:
+        """What a U-Net may see of a case before it is judged; None if that is nothing."""
+        return self.held_out.seen(case, self.segmenter.pool.cases[case.volume.name])
 
     def helps(self, unet: VoxelUNet) -> bool:
         """Whether the average with a U-Net is better than what the segmenter draws without."""
-        apart = [case for case in self.cases if (MAIN, case.volume.name) in self.held_out.rows]
+        rows = self.held_out.rows
+        apart = (self.cases[number] for number, name in enumerate(self.names) if (MAIN, name) in rows)
         seconds = self.held_out.drawn_by(unet, self.segmenter, apart)
         without = self.held_out.dice(self.segmenter)
         self.dice = self.held_out.dice(self.segmenter, seconds)
@@ -199,7 +206,7 @@ def _fit_unet(
         viewpoint,
         cases,
         values,
-        judge.early,
+        judge.seen,
         judge.helps,
         seconds,
         steps,

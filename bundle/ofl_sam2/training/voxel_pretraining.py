@@ -84,6 +84,8 @@ def pretrain_unet(
 ) -> Iterator[tuple[float, float]]:
     """Run what is left of a time budget, yielding the share that is done and the loss of each step.
 
+    From a checkpoint it goes on with a new optimizer and warm-up.
+
     Args:
         state: fresh or loaded from a checkpoint; changed in place.
         checkpoint: where to save.

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ofl_sam2.dataset import LabelledCase
+from ofl_sam2.drawing import is_averaged
 from ofl_sam2.learner.load import begin_pretrained
 from ofl_sam2.learner.plan import Plan
-from ofl_sam2.learner.unet import MOST_VOXELS, PATCH_VOXELS, Trunk, VoxelUNet, at_time, in_order, times
+from ofl_sam2.learner.unet import MOST_VOXELS, PATCH_VOXELS, Trunk, VoxelUNet, at_time, times
 from ofl_sam2.looks import Viewpoint
 from ofl_sam2.memory.pool import evenly
 from ofl_sam2.precision import autocast
@@ -63,7 +64,7 @@ def fit_unet(
     viewpoint: Viewpoint,
     cases: Sequence[LabelledCase],
     structures: Sequence[int],
-    early: Sequence[LabelledCase],
+    early: Callable[[LabelledCase], LabelledCase | None],
     accept: Callable[[VoxelUNet], bool],
     seconds: float,
     steps: int | None = None,
@@ -76,9 +77,10 @@ def fit_unet(
 
     Args:
         viewpoint: numbers the slices that are labelled.
-        cases: labelled volumes; at most `MOST_VOLUMES`, evenly chosen, are trained on, times of a sequence included.
+        cases: labelled volumes, read one by one; at most `MOST_VOLUMES`, evenly chosen, are trained on, times of a
+            sequence included, and none that is enormous on the network's grid.
         structures: label values.
-        early: what of the cases is trained on before `accept`.
+        early: what of a case is trained on before `accept`; None leaves it out.
         accept: asked once, after `TRIED` of the training, whether to go on; then the cases are trained on.
         seconds: bound on the wall time; one step is always done.
         steps: if given, how many, within that time; the learning rate then follows them and not the time.
@@ -88,21 +90,29 @@ def fit_unet(
         cancel: to stop.
 
     Returns:
-        None if it was not accepted, or cancelled.
+        None if it was not accepted, or cancelled, or if there is nothing to train on.
     """
     started = perf_counter()
-    chosen = evenly(cases, MOST_VOLUMES)
-    plan = Plan.of(case.volume for case in chosen).coarsened(MOST_VOXELS)
+    chosen = evenly(range(len(cases)), MOST_VOLUMES)
+    plan = Plan.of(cases[number].volume for number in chosen).coarsened(MOST_VOXELS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = begin_pretrained(VoxelUNet(plan, structures, chosen[0].volume.colour)).to(device).train()
+        unet = begin_pretrained(VoxelUNet(plan, structures, cases[chosen[0]].volume.colour)).to(device).train()
         most = max(1, MOST_VOLUMES // len(chosen))
-        ready = {id(case): _samples(unet, viewpoint, case, most) for case in evenly(early, MOST_VOLUMES)}
+        ready, whole = dict[int, list[_Sample]](), set[int]()
+        for number in chosen:
+            case = cases[number]
+            if seen := early(case):
+                ready[number] = _samples(unet, viewpoint, seen, most)
+            if seen is case:
+                whole.add(number)
         samples = [*chain(*ready.values())]
+        if not samples:
+            return None
         optimizer = torch.optim.AdamW(unet.parameters(), lr=_RATE, weight_decay=_DECAY)
         transforms = [*augmentation(plan, unet.patch, len(unet.values)), _Shading()]
         augment = Compose(transforms).set_random_state(seed)
-        size = max(1, min(_MOST_PATCHES, PATCH_VOXELS // math.prod(unet.patch)))
+        size = patches_per_step(unet)
         _begin_heads(unet, [_batch(samples, augment, size) for _ in range(_FIRST_PATCHES // size)])
         step, done, accepted = 0, 0.0, False
         while not step or done < 1:
@@ -111,7 +121,7 @@ def fit_unet(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(_RATE, step, done, _WARM_UP)
             optimizer.zero_grad()
-            loss = _loss(unet, *(part.to(device) for part in _batch(samples, augment, size)))
+            loss = marginal_loss(unet, *(part.to(device) for part in _batch(samples, augment, size)))
             loss.backward()
             nn.utils.clip_grad_norm_(unet.parameters(), _CLIP)
             optimizer.step()
@@ -125,12 +135,21 @@ def fit_unet(
                 if not accepted:
                     return None
                 unet.train()
-                samples = [*chain(*(ready.get(id(case)) or _samples(unet, viewpoint, case, most) for case in chosen))]
+                for number in set(chosen) - whole:
+                    ready[number] = _samples(unet, viewpoint, cases[number], most)
+                samples = [*chain(*(ready[number] for number in chosen))]
     return unet.eval()
 
 
+def patches_per_step(unet: VoxelUNet) -> int:
+    """Two small ones, one large one."""
+    return max(1, min(_MOST_PATCHES, PATCH_VOXELS // math.prod(unet.patch)))
+
+
 def _samples(unet: VoxelUNet, viewpoint: Viewpoint, case: LabelledCase, most: int) -> list[_Sample]:
-    """Up to `most` volumes of a case in which a slice is labelled."""
+    """Up to `most` volumes of a case in which a slice is labelled; none if they are enormous on the network's grid."""
+    if not is_averaged(unet.shape_of(case.volume), 1):
+        return []
     classes = _classes(viewpoint, case, unet.values)
     unknown = len(unet.values) + 1
     told = [time for time in range(times(case.volume)) if (at_time(classes, time) != unknown).any()]
@@ -141,6 +160,8 @@ def _samples(unet: VoxelUNet, viewpoint: Viewpoint, case: LabelledCase, most: in
         if time in chosen:
             label = torch.from_numpy(at_time(classes, time)[None].astype(np.float32))
             label = functional.interpolate(label[None], image.shape[1:], mode="nearest-exact")[0]
+            if (label == unknown).all():  # a coarser grid passes over slices
+                continue
             image, label = _padded(image, unet.patch, 0.0), _padded(label, unet.patch, unknown)
             indices = ClassesToIndices(unknown, max_samples_per_class=_CHOICES)(label)
             samples.append(_Sample({"image": image, "label": label, _INDICES: indices}, taught))
@@ -151,12 +172,12 @@ def _classes(viewpoint: Viewpoint, case: LabelledCase, values: Sequence[int]) ->
     """The number of the structure in each voxel from 1, one more than all of them in slices that are not labelled."""
     classes = np.full(case.volume.grid, len(values) + 1, np.uint16)
     stack = viewpoint.stack(case.volume)
-    for index in range(len(stack)) if case.labelled_slices is None else case.labelled_slices:
+    for index in viewpoint.labelled_slices(case):
         drawn, told = stack.slice_of(case.labels, index), stack.slice_of(classes, index)
         told[...] = 0
         for number, value in enumerate(values, start=1):
             told[drawn == value] = number
-    return in_order(classes, case.volume)
+    return case.volume.in_order(classes)
 
 
 def _padded(maps: Tensor, patch: Sequence[int], value: float) -> Tensor:
@@ -271,10 +292,16 @@ def _batch(samples: Sequence[_Sample], augment: Compose, size: int) -> tuple[Ten
     return torch.stack(images), torch.stack(labels), torch.stack(taught)
 
 
-def _loss(unet: VoxelUNet, images: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
+def marginal_loss(unet: VoxelUNet, images: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
     """Cross-entropy and Dice where labels are known, with deep supervision: each head counts half as much.
 
     Background may be any structure that is not labelled in its case (marginal loss, Shi et al., 2021).
+
+    Args:
+        unet: in training mode.
+        images: `(B, C, x, y, z)`.
+        labels: `(B, 1, x, y, z)`, as in the samples: 0, from 1 a structure's number, K + 1 where nothing is known.
+        taught: `(B, K)`, 1 where a structure is labelled in the case.
     """
     count = len(unet.values)
     known = (labels <= count).float()
