@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from lib.datastores import local, watcher
 from lib.datastores.local import JournaledLocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
@@ -231,6 +232,14 @@ def test_removing_an_image_removes_its_labels_and_of_a_link_only_the_link(start,
     assert (tmp_path / "archive" / "linked.nii.gz").exists() and not (studies / "cine").exists()
     with pytest.raises(ImageNotFoundException, match="no image 'cine'"):
         store.remove_image("cine")
+
+
+def test_removing_a_metaimage_removes_its_voxels(start, studies):
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((2, 3, 4), np.uint8)), str(studies / "pair.mhd"))
+    assert (studies / "pair.raw").exists()
+    store = start()
+    store.remove_image("pair")
+    assert not [path.name for path in studies.iterdir() if path.name.startswith("pair")]
 
 
 def test_adding_an_image(start, tmp_path):
@@ -475,6 +484,11 @@ def test_the_archive_holds_whole_folders(start, label, studies):
             "metadata.json",
         ]
     path.unlink()
+    (studies / "a.nii.gz").unlink()
+    before = set(path.parent.iterdir())
+    with pytest.raises(OSError, match=r"a\.nii\.gz"):
+        store.get_dataset_archive(None)
+    assert set(path.parent.iterdir()) == before
 
 
 def test_of_two_files_the_newest_is_the_label_and_a_removal_removes_both(start, label, studies):

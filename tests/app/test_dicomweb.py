@@ -563,6 +563,23 @@ def test_a_segmentation_replaces_the_label_only_if_it_was_made_later(server, sta
     assert store._journal.latest()[uid, FINAL].details["SeriesInstanceUID"] == later.SeriesInstanceUID
 
 
+@pytest.mark.parametrize("date", ["", "19990101"])
+def test_a_segmentation_without_a_date_is_replaced_by_a_later_one(server, start, upload, date):
+    store = start()
+    uid = store.list_images()[0]
+    label = Path(upload(store, uid))
+    server.instances.append(made(store.segmentation(uid, label, NAMES), 2020))
+    server.instances[-1].ContentDate = ""
+    store.refresh()
+    assert store._journal.latest()[uid, FINAL].details["made"] == ""
+    server.instances.append(made(store.segmentation(uid, moved(label), NAMES), 2099))
+    server.instances[-1].ContentDate = date or server.instances[-1].ContentDate
+    store.refresh()
+    taken = store._journal.latest()[uid, FINAL].details["SeriesInstanceUID"]
+    assert taken == server.instances[-1 if date == "" else -2].SeriesInstanceUID
+    assert len(store._journal.refusals()) == (date != "")
+
+
 @pytest.mark.parametrize(
     ("clock", "offset", "instant"),
     [

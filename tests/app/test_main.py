@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,28 @@ def test_second_server_on_one_model_root_is_refused(make_app: Build) -> None:
     second.server_mode(True)
 
 
+def test_labels_do_not_get_into_other_studies(
+    make_app: Build, save: Save, label_files: dict[str, Path], studies: Path, tmp_path: Path
+) -> None:
+    others = shutil.copytree(studies, tmp_path / "others")
+    unlabelled = make_app(server=True, source=str(others))
+    unlabelled.close()
+    first = make_app(server=True)
+    save(first, "synthetic_000", label_files["synthetic_000"])
+    first.close()
+    with pytest.raises(OFLError, match=r"holds labels of the studies in .*studies, not in .*others\. .*model_root"):
+        make_app(server=True, source=str(others))
+    assert not list(others.rglob("labels/final/*"))
+    make_app(source=str(others)).close()
+    assert (tmp_path / "model" / "studies.txt").read_text() == f"{studies}\n"
+    elsewhere = studies.rename(tmp_path / "elsewhere")
+    with pytest.raises(OFLError, match=r"holds labels of the studies"):
+        make_app(server=True, source=str(others))
+    moved = elsewhere.rename(tmp_path / "moved")
+    again = make_app(server=True, source=str(moved))
+    assert again.service.wait_idle(120) and again.service.status()["learned"].keys() == {"synthetic_000"}
+
+
 def test_studies_and_model_root_that_are_no_folders_are_refused(make_app: Build, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
@@ -156,6 +179,47 @@ def test_uploaded_image_is_segmented_in_a_session(
     assert np.array_equal(read_labels(uploaded["file"]).voxels, read_labels(listed["file"]).voxels)
 
 
+def test_sessions_of_an_earlier_server_and_broken_ones_go(make_app: Build, studies: Path, tmp_path: Path) -> None:
+    first, kept = make_app(), []
+    for expiry in (61, 3600):
+        upload = shutil.copy(studies / "synthetic_002.nii.gz", tmp_path / "upload.nii.gz")
+        kept.append(Path(first.sessions().add_session(str(upload), expiry)[1].path))
+    again = make_app()
+    broken = [again.options.model_root / "cache" / "sessions" / name for name in ("old", "new", "damaged")]
+    for folder in broken:
+        folder.mkdir()
+    os.utime(broken[0], (1, 1))
+    (broken[2] / "meta.info").write_text("{")
+    meta = json.loads((kept[0] / "meta.info").read_text())
+    (kept[0] / "meta.info").write_text(json.dumps({**meta, "last_access_ts": meta["last_access_ts"] - 100}))
+    again.cleanup_sessions()
+    assert [path.exists() for path in (*kept, *broken)] == [False, True, False, True, False]
+
+
+def test_a_result_that_cannot_be_saved_leaves_no_file(
+    make_app: Build, save: Save, label_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app(server=True)
+    save(app, "synthetic_000", label_files["synthetic_000"])
+
+    def full(*_: Any) -> str:
+        raise OFLError("The disk is full.")
+
+    monkeypatch.setattr(app.datastore(), "save_label", full)
+    with pytest.raises(OFLError, match="full"):
+        app.infer({"model": "ofl_sam2", "image": "synthetic_002", "save_label": True})
+    results = app.batch_infer({"model": "ofl_sam2", "images": "unlabeled"})
+    assert len(results) == 3 and all(result == {"error": "The disk is full."} for result in results.values())
+    assert not list((tmp_path / "results").glob("ofl_sam2_*"))
+
+
+def test_next_sample_is_chosen_and_not_fetched(make_app: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = make_app()
+    monkeypatch.setattr(app.datastore(), "get_image_uri", None)
+    assert app.next_sample({"strategy": "sequential"}) == {"id": "synthetic_000"}
+    assert app.next_sample({"strategy": "sequential", "passed_over": app.datastore().list_images()}) == {}
+
+
 def test_batch_saves_originals_and_does_not_learn_from_them(
     make_app: Build, save: Save, label_files: dict[str, Path], studies: Path
 ) -> None:
@@ -171,6 +235,17 @@ def test_batch_saves_originals_and_does_not_learn_from_them(
     assert app.datastore().status()["completed"] == 1
     with pytest.raises(InputError, match="cannot be saved as 'final'"):
         app.batch_infer({"model": "ofl_sam2", "images": "all", "label_tag": "final"})
+
+
+def test_a_result_does_not_take_the_place_of_a_label(make_app: Build, save: Save, label_files: dict[str, Path]) -> None:
+    app = make_app(server=True)
+    save(app, "synthetic_000", label_files["synthetic_000"])
+    request = {"model": "ofl_sam2", "image": "synthetic_000", "save_label": True, "label_tag": "final"}
+    with pytest.raises(InputError, match="cannot be saved as 'final'"):
+        app.infer(request)
+    assert list(app.journal.latest()) == [("synthetic_000", "final")]
+    app.infer({**request, "label_tag": "original"})
+    assert list(app.journal.latest()) == [("synthetic_000", "final"), ("synthetic_000", "original")]
 
 
 def test_label_that_cannot_be_learned_is_kept_and_reported(

@@ -9,18 +9,24 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jwt
 import nibabel as nib
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi import HTTPException
 from fastapi.testclient import TestClient
 from lib.datastores.archive import ArchiveError
 from lib.single_files import SingleFiles
 from monailabel.config import settings
+from monailabel.endpoints.user import auth
 from monailabel.endpoints.user.auth import User, get_current_user
 from monailabel.interfaces.exception import ImageNotFoundException
 
@@ -328,6 +334,63 @@ def test_server_answers_while_the_studies_do_not(
     assert in_time == [True] and answers == [200]
 
 
+def test_what_was_uploaded_is_removed_also_after_a_failure(client: TestClient, fake: FakeApp, tmp_path: Path) -> None:
+    content, seen = label_file(tmp_path), []
+
+    def fail(request: dict[str, Any]) -> None:
+        seen.append(Path(request["image"]))
+        assert seen[-1].read_bytes() == content
+        raise InputError("Nothing has been learned yet. Save a label first.")
+
+    fake.behave = fail
+    answer = client.post("/infer/ofl_sam2", files={"file": ("image.nrrd", content)})
+    assert answer.status_code == 400 and "Nothing has been learned" in sentence(answer)
+    assert len(seen) == 1 and not seen[0].exists()
+
+
+def test_the_archive_of_the_studies_goes_once_it_was_sent(
+    client: TestClient, fake: FakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    archive = tmp_path / "all.zip"
+    archive.write_bytes(b"zip")
+    monkeypatch.setattr(fake.datastore(), "get_dataset_archive", lambda limit: str(archive), raising=False)
+    assert client.get("/datastore/dataset").content == b"zip"
+    assert not archive.exists()
+    archive.write_bytes(b"zip")
+    assert client.get("/datastore/dataset", headers={"Range": "bytes=9-"}).status_code == 416
+    assert not archive.exists()
+
+
+def test_a_signed_token_is_a_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    monkeypatch.setattr(settings, "MONAI_LABEL_AUTH_ENABLE", True)
+    monkeypatch.setattr(auth, "get_public_key", lambda realm: public)
+    names = settings.MONAI_LABEL_AUTH_TOKEN_USERNAME, *settings.MONAI_LABEL_AUTH_TOKEN_ROLES.split("#")
+    claims: Any = ["annotator"]
+    for name in reversed(names[1:]):
+        claims = {name: claims}
+    user = auth.from_token(jwt.encode({names[0]: "ann", **claims}, key, algorithm="RS256"))
+    assert (user.username, user.roles) == ("ann", ["annotator"])
+    other = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    for forged in (jwt.encode(claims, other, algorithm="RS256"), jwt.encode(claims, None, algorithm="none")):
+        with pytest.raises(jwt.InvalidTokenError):
+            auth.from_token(forged)
+
+
+def test_only_annotators_store_results(
+    server: Any, client: TestClient, fake: FakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "MONAI_LABEL_AUTH_ENABLE", True)
+    user = User(username="ann", roles=[settings.MONAI_LABEL_AUTH_ROLE_USER])
+    monkeypatch.setitem(server.dependency_overrides, get_current_user, lambda: user)
+    saving = {"params": json.dumps({"save_label": True})}
+    assert client.post("/infer/ofl_sam2?image=case_a", data=saving).status_code == 403
+    assert client.post("/infer/ofl_sam2?image=case_a").status_code == 200
+    user.roles.append(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR)
+    assert client.post("/infer/ofl_sam2?image=case_a", data=saving).status_code == 200
+
+
 def test_only_annotators_store_drafts(
     server: Any, client: TestClient, fake: FakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -489,6 +552,23 @@ def test_sessions_take_files_and_archives(client: TestClient) -> None:
         assert refused.status_code == 400 and "zip" in sentence(refused)
 
 
+def test_files_of_one_name_are_no_session(client: TestClient) -> None:
+    files = [("files", (f"DIR{number}/IM0001", b"x")) for number in range(2)]
+    answer = client.put("/session/", files=files)
+    assert answer.status_code == 400 and "Two files are called IM0001" in sentence(answer)
+
+
+def test_damaged_archives_are_refused_in_words(client: TestClient) -> None:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        member = tarfile.TarInfo("image.nii")
+        member.size = 100_000
+        archive.addfile(member, io.BytesIO(np.random.default_rng(0).bytes(100_000)))
+    cut = {"files": ("image.tar.gz", content.getvalue()[:50_000])}
+    answer = client.put("/session/?uncompress=true", files=cut)
+    assert answer.status_code == 400 and "Cannot unpack" in sentence(answer)
+
+
 def test_archive_cannot_leave_its_folder(client: TestClient, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "evil.tar", "w") as archive:
         info = tarfile.TarInfo("../../escaped.txt")
@@ -528,6 +608,23 @@ def test_next_sample_tells_what_is_known_once_the_image_is_here(client: TestClie
     assert served["other"] == {"ts": 1} and served["random"]["client_id"] == "ann" and served["random"]["ts"] > 1
 
 
+def test_two_who_ask_at_once_get_different_images(
+    client: TestClient, fake: FakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies, at_once = fake.datastore(), threading.Barrier(2)
+
+    def next_sample(request: dict[str, Any]) -> dict[str, Any]:
+        chosen = next(image for image in studies.info if "strategy" not in studies.info[image])
+        with suppress(threading.BrokenBarrierError):
+            at_once.wait(1)
+        return {"id": chosen}
+
+    monkeypatch.setattr(fake, "next_sample", next_sample)
+    with ThreadPoolExecutor(2) as annotators:
+        asked = [annotators.submit(client.post, "/activelearning/random") for _ in range(2)]
+    assert {answer.result().json()["id"] for answer in asked} == {"case_a", "case b.1"}
+
+
 def test_next_sample_passes_over_what_cannot_be_read(
     client: TestClient, fake: FakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -550,6 +647,14 @@ def test_next_sample_passes_over_what_cannot_be_read(
     assert refused.status_code == 400 and "single slice" in sentence(refused)
     monkeypatch.setattr(fake, "next_sample", lambda request: None)
     assert client.post("/activelearning/random").json() == {}
+
+
+def test_a_header_without_voxels_is_no_upload(client: TestClient) -> None:
+    header = {"file": ("x.mhd", b"ElementDataFile = /etc/passwd\n")}
+    answer = client.put("/datastore/image?image=x", files=header)
+    assert answer.status_code == 400 and "header without voxels" in sentence(answer)
+    answer = client.post("/infer/ofl_sam2", files=header)
+    assert answer.status_code == 400 and "header without voxels" in sentence(answer)
 
 
 @pytest.mark.parametrize("address", ["/datastore/", "/datastore/image"])

@@ -49,6 +49,13 @@ def test_image_handed_out_before_comes_last(fresh_workspace: Workspace, make_stu
     assert strategies(fresh_workspace)[name]({"strategy": name}, data)["id"] == seen[0]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_images_that_are_passed_over_are_not_chosen(fresh_workspace: Workspace, make_studies: Make, name: str) -> None:
+    data, request = make_studies(), {"strategy": name, "passed_over": [f"synthetic_00{n}" for n in (0, 1, 3)]}
+    assert strategies(fresh_workspace)[name](request, data)["id"] == "synthetic_002"
+    assert strategies(fresh_workspace)[name]({**request, "passed_over": data.list_images()}, data) is None
+
+
 def test_sequential_follows_natural_order(fresh_workspace: Workspace, make_studies: Make) -> None:
     data = make_studies()
     for image in ("case10", "case9"):

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from lib.cases import LazyCases
@@ -17,9 +19,11 @@ from lib.workspace import Workspace
 from monailabel.utils.async_tasks import utils as background
 
 from ofl_sam2.errors import InputError
+from ofl_sam2.files import read_labels
 from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.segmenter import VolumeSegmenter
+from ofl_sam2.service.label_files import content_sha256
 from ofl_sam2.training.settings import EpochReport, TrainingResult
 
 Make = Callable[..., Any]
@@ -57,7 +61,11 @@ def test_training_reports_and_publishes_only_what_is_better(workspace: Workspace
 
 
 def test_better_result_is_published_on_top_of_newer_labels(
-    workspace: Workspace, make_studies: Make, cases: Any, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace,
+    make_studies: Make,
+    cases: Any,
+    label_files: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trained = outcome_of(0.5, 0.75, improved=True)
 
@@ -76,7 +84,7 @@ def test_better_result_is_published_on_top_of_newer_labels(
     assert list(segmenter.pool.cases) == ["synthetic_000", "synthetic_001", "synthetic_002"]
     assert segmenter.learner.lam.item() == pytest.approx(workspace.open_base().learner.lam.item() + 0.5)
     assert segmenter.unet is not None and segmenter.unet.values == (1, 2)
-    assert snapshot.notes["trained_on"] == dict.fromkeys(LABELLED, "0" * 64)
+    assert snapshot.notes["trained_on"] == {name: content_sha256(label_files[name]) for name in LABELLED}
     assert set(snapshot.notes["learned"]) == set(segmenter.pool.cases) and snapshot.notes["flagged"]
 
 
@@ -116,6 +124,31 @@ def test_labels_that_the_snapshot_does_not_know_are_learned_first(
     assert seen["pool"] == ["synthetic_000", "synthetic_001", "synthetic_002"]
     stats = OFLSAM2Trainer(workspace).stats()
     assert list(stats["left_out"]) == ["synthetic_000", "synthetic_003"] and stats["cases"] == 2
+
+
+def test_a_label_that_was_changed_since_is_learned_first_and_stays_as_it_was_at_the_start(
+    workspace: Workspace, make_studies: Make, label_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = read_labels(label_files["synthetic_000"])
+    nib.save(nib.Nifti1Image(np.uint8(volume.voxels == 1), volume.affine), label_files["synthetic_000"])
+
+    def train(segmenter: VolumeSegmenter, cases: Any, *args: Any) -> TrainingResult:
+        assert segmenter.pool.cases["synthetic_000"].known == {1}
+        label_files["synthetic_000"].unlink()
+        again = [cases[0], *cases][:2]
+        assert all(np.array_equal(case.labels, np.where(volume.voxels == 1, 1, 0)) for case in again)
+        assert [case.volume.name for case in cases] == LABELLED and again[0].values == (1,)
+        return TrainingResult([], 0.5, 0.5, False)
+
+    monkeypatch.setattr(task, "train", train)
+    OFLSAM2Trainer(workspace)({}, make_studies(LABELLED))
+
+
+def test_a_label_that_is_being_saved_is_left_out(workspace: Workspace, make_studies: Make) -> None:
+    studies, trainer = make_studies(LABELLED[:1]), OFLSAM2Trainer(workspace)
+    studies.info = {**studies.info, "sha256": "1" * 64}
+    with pytest.raises(InputError, match="no final label to train on"):
+        trainer({}, studies)
 
 
 def test_refused_before_the_first_label(fresh_workspace: Workspace, make_studies: Make) -> None:
@@ -170,9 +203,13 @@ def test_killed_training_leaves_the_snapshot_and_says_stopped(workspace: Workspa
     assert workspace.snapshots.current().version == 1
 
 
-def test_lazy_cases_read_again_each_time() -> None:
-    read: list[str] = []
-    cases = LazyCases(["a", "b", "c"], lambda name: read.append(name) or name)  # type: ignore[arg-type, func-returns-value]
-    assert len(cases) == 3 and read == []
-    assert list(cases) == ["a", "b", "c"] and cases[1] == "b" and list(cases[1:]) == ["b", "c"]
-    assert read == ["a", "b", "c", "b", "b", "c"]
+def test_images_of_lazy_cases_are_read_each_time(studies: Path, cases: Any) -> None:
+    found: list[str] = []
+    lazy = LazyCases(lambda name: found.append(name) or studies / f"{name}.nii.gz")  # type: ignore[func-returns-value]
+    for case in cases[:2]:
+        lazy.add(case)
+    assert len(lazy) == 2 and found == []
+    for one, other in zip([*lazy, lazy[1]], [*cases[:2], cases[1]], strict=True):
+        assert np.array_equal(one.volume.voxels, other.volume.voxels) and one.volume.name == other.volume.name
+        assert np.array_equal(one.labels, other.labels) and one.values == other.values
+    assert found == ["synthetic_000", "synthetic_001", "synthetic_001"]

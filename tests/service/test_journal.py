@@ -254,13 +254,13 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "target"]
 
 
-@pytest.mark.parametrize("name", ["a", "patient.01", "1.2.840.113654", "häm or ", "a..b", "-"])
+@pytest.mark.parametrize("name", ["a", "patient.01", "1.2.840.113654", "häm or ", "a..b", "-", "心" * 66])
 def test_ordinary_image_ids_are_taken(name):
     check_image_id(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "../a", "a/b", "a\\b", "/etc/passwd", ".hidden", "a\n", "a\0", "x" * 201]
+    "name", ["", ".", "..", "../a", "a/b", "a\\b", "/etc/passwd", ".hidden", "a\n", "a\0", "x" * 201, "心" * 67]
 )
 def test_image_ids_that_could_leave_their_folder_are_refused(name, journal, label):
     with pytest.raises(InputError, match="is no image id"):
@@ -310,6 +310,9 @@ def test_a_header_that_points_elsewhere_is_refused(tmp_path, field):
     (tmp_path / "label.nrrd").write_text(header)
     with pytest.raises(InputError, match="in another file"):
         check_label_file(tmp_path / "label.nrrd")
+    (tmp_path / "label.mha").write_text("NDims = 3\nElementDataFile = secret.raw\n")
+    with pytest.raises(InputError, match="in another file"):
+        check_label_file(tmp_path / "label.mha")
 
 
 @pytest.mark.parametrize("content", [b"", b"NRRD0004\ndimension: x\n\n", b"\xff\xfe\x00", b"NRRD0005\ntype"])

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ofl_sam2.learner.plan import Plan
+from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.service.label_notes import LabelNotes, agreement
 from ofl_sam2.service.snapshots import Snapshot
 
@@ -66,6 +68,15 @@ def test_the_image_s_own_label_does_not_count(make_segmenter, make_case):
     segmenter = make_segmenter((make_case("a"),))
     assert agreement(segmenter, make_case("a")) == {}
     assert set(segmenter.pool.cases) == {"a"}
+
+
+def test_a_unet_that_was_fitted_to_the_label_is_not_asked(make_segmenter, make_case, monkeypatch):
+    segmenter = make_segmenter((make_case("a"), make_case("b", seed=1)))
+    without = agreement(segmenter, make_case("b", seed=1))
+    segmenter.unet = VoxelUNet(Plan((1.0, 1.0, 4.0), (24, 20, 6)), (1, 2))
+    monkeypatch.setattr(VoxelUNet, "probabilities", None)
+    assert agreement(segmenter, make_case("b", seed=1)) == without != {}
+    assert segmenter.unet is not None
 
 
 def test_what_nobody_has_learned_cannot_disagree(make_segmenter, make_case):

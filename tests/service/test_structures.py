@@ -150,8 +150,11 @@ def test_there_are_255_values(registry):
     with pytest.raises(InputError, match="values go from 1 to 255"):
         remap(registry, [256])
     assert remap(registry, [255]) == [255]
+    assert remap(registry, [1], info(heart=1)) == [3]
+    for value in range(4, 255):
+        assert remap(registry, [1], info(**{f"part {value}": 1})) == [value]
     with pytest.raises(InputError, match="would get the value 256"):
-        remap(registry, [1], info(heart=1))
+        remap(registry, [1], info(lung=1))
 
 
 def test_two_processes_give_no_value_twice(registry, path):

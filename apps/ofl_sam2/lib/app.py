@@ -6,21 +6,24 @@ One server process of a model root learns. The processes of training, batch infe
 which starts nothing and changes nothing until it is told that it is the server.
 """
 
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
-from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
+from monailabel.utils.others.generic import remove_file
 from monailabel.utils.sessions import Sessions
 
-from lib.cases import FINAL, image_path, labelled_case, read_case
+from lib.cases import FINAL, image_path, labelled_case, read_case, result_tag
 from lib.configs.ofl_sam2 import OFLSAM2
 from lib.datastores.dicomweb import JournaledDICOMWebDatastore, connect
 from lib.datastores.local import JournaledLocalDatastore
@@ -28,9 +31,12 @@ from lib.infers.batch import BatchInfer
 from lib.options import Options
 from lib.workspace import Workspace
 from ofl_sam2 import __version__
+from ofl_sam2.atomic import atomic_write_text
 from ofl_sam2.errors import InputError, OFLError
 from ofl_sam2.service.journal import LabelEvent, LabelJournal
 from ofl_sam2.service.learning import LearningService
+
+logger = logging.getLogger(__name__)
 
 _NAME = "ofl_sam2"
 _REFUSED = 5
@@ -110,7 +116,7 @@ class OFLSAM2App(MONAILabelApp):
         """Become the one server of this model root.
 
         Raises:
-            OFLError: another server has it.
+            OFLError: another server has it, or it holds labels of other studies.
         """
         if mode and not self._server_lock.is_locked:
             try:
@@ -120,6 +126,11 @@ class OFLSAM2App(MONAILabelApp):
                     f"Another server uses {self.options.model_root} already. "
                     "Stop it, or start this one with another --conf model_root PATH."
                 ) from error
+            try:
+                self._keep_to_studies()
+            except OFLError:
+                self._server_lock.release()
+                raise
         super().server_mode(mode)
 
     def on_init_complete(self) -> None:
@@ -143,6 +154,13 @@ class OFLSAM2App(MONAILabelApp):
         self.datastore().close()
         self.service.close()
         self._server_lock.release()
+
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What a strategy chooses as the next image to label; {} when none. The image is not fetched."""
+        sample = self._strategies[request["strategy"]](request, self.datastore()) or {}
+        if sample and self._auto_update_scoring:
+            self.async_scoring(None)
+        return sample
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         """Segment an image of the studies, or one that lies at a path (an upload, a session).
@@ -169,16 +187,19 @@ class OFLSAM2App(MONAILabelApp):
         in_studies = image in studies.list_images()
         if not in_studies and not Path(image).is_absolute():
             raise ImageNotFoundException(f"The studies hold no image '{image}'. Refresh the list of images.")
-        path = image_path(studies, image) if in_studies else Path(image)
+        path, tag = image_path(studies, image) if in_studies else Path(image), result_tag(request)
         if self.snapshots.current() is None and self._first_is_learned():
             raise InputError("The first label is still being learned. Try again in a few seconds.")
         file, params = task({**request, "image": str(path), "image_id": image if in_studies else None})
-        tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
         label = file
         if in_studies and request.get("save_label"):
             names = [{"name": name, "idx": value} for name, value in params["label_names"].items()]
             details = {"model": request["model"], "label_info": names, "label_names": params["label_names"]}
-            label = studies.save_label(image, file, tag, {**details, "params": params})
+            try:
+                label = studies.save_label(image, file, tag, {**details, "params": params})
+            except BaseException:
+                remove_file(file)
+                raise
         return {"label": label, "tag": tag, "file": file, "params": params}
 
     def status(self) -> dict[str, Any]:
@@ -194,6 +215,20 @@ class OFLSAM2App(MONAILabelApp):
             "refused": [_refusal(event, reason) for event, reason in self.journal.refusals()[-_REFUSED:]],
         }
 
+    def _keep_to_studies(self) -> None:
+        """Note the folder of the studies. Another one may use the ids of images labelled here for other images."""
+        note, studies = self.options.model_root / "studies.txt", Path(self.studies).resolve()
+        if not studies.is_dir():
+            return
+        before = Path(note.read_text(encoding="utf-8").strip()) if note.exists() else studies
+        moved = not before.is_dir() and self.datastore().holds_a_journaled_label()
+        if self.journal.latest() and not moved and not (before.is_dir() and before.samefile(studies)):
+            raise OFLError(
+                f"{self.options.model_root} holds labels of the studies in {before}, not in {studies}. Give these "
+                f"their own with --conf model_root PATH. If they are a copy of the others, remove {note} first."
+            )
+        atomic_write_text(note, f"{studies}\n")
+
     def _check_label(self, image_id: str, label: Path, label_info: list[dict[str, Any]]) -> None:
         """Refuse a label that cannot be learned from."""
         labelled_case(image_id, image_path(self.datastore(), image_id), label, label_info, self.registry)
@@ -201,6 +236,21 @@ class OFLSAM2App(MONAILabelApp):
     def _first_is_learned(self) -> bool:
         labelled = any(tag == FINAL for _, tag in self.journal.latest())
         return labelled and self.service.status()["state"] in ("waiting", "learning")
+
+    def cleanup_sessions(self) -> None:
+        """Remove uploads that have expired, also those of an earlier server, and what is left of broken ones."""
+        sessions = self.sessions()
+        if sessions is None:
+            return
+        for folder in [path for path in Path(sessions.store_path).glob("*") if path.is_dir()]:
+            try:
+                known = sessions.get_session(folder.name, update_ts=False)
+                ends = known.last_access_ts + known.expiry if known else folder.stat().st_mtime + sessions.expiry
+            except (AttributeError, OSError, ValueError) as error:
+                logger.warning("The session %s cannot be read, and is removed: %s", folder, error)
+                ends = 0
+            if ends < time.time():
+                sessions.remove_session(folder.name)
 
     def _load_sessions(self, load: bool = False) -> Sessions | None:
         """Uploaded images, in the cache of the app unless MONAI Label was told another place."""

@@ -1,7 +1,8 @@
 """Labels of the studies as cases that the library learns from."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from ofl_sam2.dataset import Case, LabelledCase, load_case
 from ofl_sam2.errors import InputError
+from ofl_sam2.files import read_volume
+from ofl_sam2.service.label_files import content_sha256
 from ofl_sam2.service.structures import StructureRegistry
 
 FINAL = DefaultLabelTag.FINAL.value
@@ -35,7 +38,7 @@ def labelled_case(
     values = tuple(int(value) for value in np.unique(labels) if value)
     if not values:
         raise InputError(f"The label of {image_id} holds background only. Draw a structure, or do not save it.")
-    return LabelledCase(replace(case.volume, name=image_id), labels, values, case.labelled_slices)
+    return replace(case, volume=replace(case.volume, name=image_id), labels=labels, values=values)
 
 
 def read_case(datastore: Datastore, registry: StructureRegistry, image_id: str) -> LabelledCase:
@@ -44,12 +47,30 @@ def read_case(datastore: Datastore, registry: StructureRegistry, image_id: str) 
     Raises:
         InputError: there is none, or as in `labelled_case`.
     """
+    label, info = _final_label(datastore, image_id)
+    return labelled_case(image_id, image_path(datastore, image_id), label, info.get("label_info"), registry)
+
+
+def read_unchanged_case(datastore: Datastore, registry: StructureRegistry, image_id: str) -> tuple[LabelledCase, str]:
+    """As `read_case`, with the sha256 of the label's content.
+
+    Raises:
+        InputError: also where the label is no more what the studies list.
+    """
+    label, info = _final_label(datastore, image_id)
+    case = labelled_case(image_id, image_path(datastore, image_id), label, info.get("label_info"), registry)
+    sha256 = content_sha256(label)
+    if info.get("sha256", sha256) != sha256:
+        raise InputError(f"The label of {image_id} is being saved again. Train once more to learn from it.")
+    return case, sha256
+
+
+def _final_label(datastore: Datastore, image_id: str) -> tuple[Path, dict[str, Any]]:
     label_id = datastore.get_label_by_image_id(image_id, FINAL)
     label = datastore.get_label_uri(label_id, FINAL) if label_id else ""
-    if not label:
+    if not label or not Path(label).exists():
         raise InputError(f"The studies hold no final label of {image_id}. Save one first.")
-    info = datastore.get_label_info(label_id, FINAL).get("label_info")
-    return labelled_case(image_id, image_path(datastore, image_id), Path(label), info, registry)
+    return Path(label), datastore.get_label_info(label_id, FINAL)
 
 
 def image_path(datastore: Datastore, image_id: str) -> Path:
@@ -64,19 +85,54 @@ def image_path(datastore: Datastore, image_id: str) -> Path:
     return Path(uri)
 
 
-class LazyCases(Sequence[LabelledCase]):
-    """Cases that are read each time they are asked for, so that memory does not grow with their number."""
+def result_tag(request: dict[str, Any]) -> str:
+    """The tag that a result is saved under.
 
-    def __init__(self, names: Sequence[str], read: Callable[[str], LabelledCase]) -> None:
-        self._names, self._read = list(names), read
+    Raises:
+        InputError: it would become a label to learn from, in the place of one that a person drew.
+    """
+    tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
+    if tag == FINAL:
+        raise InputError("Results cannot be saved as 'final': final labels are learned from. Use 'original'.")
+    return str(tag)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A case without its image, whose label is packed."""
+
+    name: str
+    labels: bytes
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    values: tuple[int, ...]
+    labelled_slices: tuple[int, ...] | None
+
+
+class LazyCases(Sequence[LabelledCase]):
+    """Cases whose images are read each time they are asked for, so that memory hardly grows with their number.
+
+    Labels stay as they were when their case was added, whatever people save meanwhile.
+
+    Args:
+        find: id of an image, which is the name of its case -> where it lies.
+    """
+
+    def __init__(self, find: Callable[[str], Path]) -> None:
+        self._find = find
+        self._kept: list[_Kept] = []
+
+    def add(self, case: LabelledCase) -> None:
+        """Add a case."""
+        name, labels = case.volume.name, case.labels
+        packed = zlib.compress(np.ascontiguousarray(labels), level=1)
+        self._kept.append(_Kept(name, packed, labels.dtype, labels.shape, case.values, case.labelled_slices))
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._kept)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return LazyCases(self._names[index], self._read)
-        return self._read(self._names[index])
-
-    def __iter__(self) -> Iterator[LabelledCase]:
-        return map(self._read, self._names)
+        kept = self._kept[index]
+        labels = np.frombuffer(zlib.decompress(kept.labels), kept.dtype).reshape(kept.shape)
+        volume = replace(read_volume(self._find(kept.name)), name=kept.name)
+        return LabelledCase(volume, labels, kept.values, kept.labelled_slices)

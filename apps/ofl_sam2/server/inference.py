@@ -1,14 +1,16 @@
 """POST /infer/{model}: in a worker thread, so that the server goes on answering, and behind a bounded queue."""
 
+import asyncio
 import json
 from io import BytesIO
 from typing import Any
 
 from fastapi import APIRouter, BackgroundTasks, HTTPException, Response
+from fastapi.responses import FileResponse
 from lib.infers.options import wants_draft
 from monailabel.endpoints import infer as monai
 
-from server.forms import AnyUser, OptionalUpload, Params, require_annotator
+from server.forms import AnyUser, OptionalUpload, Params, TemporaryFileResponse, require_annotator
 from server.keys import check_upload, parse_params
 from server.lookup import app, require_image, require_session, require_task
 from server.predictions import dicomweb_studies, predict
@@ -40,7 +42,8 @@ def infer(
 ):
     """The result comes as form fields `params` (JSON) and `image` (label map), or only one of them by `output`.
 
-    With `store_draft` on in `params` it is also stored on the DICOMweb server, which takes the role of an annotator.
+    With `store_draft` on in `params` it is also stored on the DICOMweb server, with `save_label` as a label of the tag
+    `original`; both take the role of an annotator.
     """
     options = parse_params(params)
     require_task("model", app()._infers, model)
@@ -57,14 +60,24 @@ def infer(
     if output == monai.ResultType.dicom_seg:
         return _dicom_seg(image, model, options)
     drafts = None
-    if wants_draft(options):
+    if wants_draft(options) or options.get("save_label"):
         require_annotator(user)
+    if wants_draft(options):
         drafts = dicomweb_studies()
         require_image(image)
     with queue.turn():
         if drafts:
             predict(image, model, options, drafts.store_draft)
-        return monai.run_inference(background_tasks, model, image, session_id, json.dumps(options), file, label, output)
+        try:
+            answer = monai.run_inference(
+                background_tasks, model, image, session_id, json.dumps(options), file, label, output
+            )
+        except BaseException:
+            asyncio.run(background_tasks())  # they remove what was uploaded, and run by themselves after answers only
+            raise
+    if isinstance(answer, FileResponse):
+        return TemporaryFileResponse(answer.path, media_type=answer.media_type, filename=answer.filename)
+    return answer
 
 
 def _dicom_seg(image: str, model: str, options: dict[str, Any]) -> Response:

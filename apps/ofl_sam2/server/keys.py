@@ -129,6 +129,8 @@ def check_upload(upload: UploadFile) -> str:
     suffix = image_suffix(check_name(upload))
     if not suffix:
         raise InputError(f"'{check_name(upload)}' has no suffix of an image. Send a file such as label.nrrd.")
+    if suffix.lower() == ".mhd":
+        raise InputError(f"'{check_name(upload)}' is a header without voxels. Send one file, such as .mha or .nii.gz.")
     return suffix
 
 

@@ -1,7 +1,6 @@
 """Uploads: labels and sessions. A label is checked before it takes the place of an older one."""
 
 import shutil
-import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,11 @@ def create_session(user: AnyUser, files: Uploads, uncompress: bool = False, expi
         folder = Path(parent) / "image"
         folder.mkdir()
         for file in files:
-            with (folder / check_name(file)).open("wb") as target:
-                shutil.copyfileobj(file.file, target)
+            target = folder / check_name(file)
+            if target.exists():
+                raise HTTPException(400, f"Two files are called {target.name}. Send them in an archive.")
+            with target.open("wb") as content:
+                shutil.copyfileobj(file.file, content)
         if uncompress and len(files) == 1:
             folder = _unpacked(folder / check_name(files[0]), Path(parent) / "unpacked")
         entries = list(folder.iterdir())
@@ -87,7 +89,7 @@ def _unpacked(archive: Path, folder: Path) -> Path:
     try:
         options = {} if archive.suffix == ".zip" else {"filter": "data"}
         shutil.unpack_archive(archive, folder, **options)
-    except (shutil.ReadError, tarfile.TarError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged archive can raise anything that the parsers raise
         raise HTTPException(400, f"Cannot unpack {archive.name}: {error}. Send a zip or tar of image files.") from error
     if not any(folder.iterdir()):
         raise HTTPException(400, f"{archive.name} holds no file. Send a zip or tar of image files.")

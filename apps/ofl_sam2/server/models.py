@@ -5,10 +5,9 @@ import tempfile
 from pathlib import Path
 
 from fastapi import APIRouter, BackgroundTasks, HTTPException
-from fastapi.responses import FileResponse
 
 from ofl_sam2.service.snapshots import Snapshot
-from server.forms import Admin
+from server.forms import Admin, TemporaryFileResponse
 from server.lookup import app, require_task
 from server.ofl import describe
 
@@ -28,7 +27,7 @@ def download(background_tasks: BackgroundTasks, user: Admin, model: str, pool: b
         shutil.rmtree(folder)
         raise
     background_tasks.add_task(shutil.rmtree, folder)
-    return FileResponse(folder / name, media_type="application/zip", filename=name)
+    return TemporaryFileResponse(folder / name, media_type="application/zip", filename=name)
 
 
 @router.get("/info/{model}", summary="The newest snapshot and what it was learned from")

@@ -1,13 +1,14 @@
 """What MONAI Label does to app and studies, in worker threads: it may wait for a DICOMweb server, or for a lock."""
 
+import os
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Form
+from fastapi import APIRouter, BackgroundTasks, Form
 from fastapi.responses import FileResponse
 from monailabel.endpoints import datastore as monai
 from monailabel.endpoints.info import app_info
 
-from server.forms import Admin, Annotator, AnyUser
+from server.forms import Admin, Annotator, AnyUser, TemporaryFileResponse
 
 router = APIRouter()
 Info = Annotated[str, Form(description="a JSON object")]
@@ -26,9 +27,11 @@ def overview(user: AnyUser, output: monai.ResultType | None = None) -> Any:
 
 
 @router.get("/datastore/dataset", tags=["Datastore"], summary="Download all labelled images with their labels as a zip")
-def dataset(user: Annotator, limit_cases: int | None = None) -> FileResponse:
+def dataset(background_tasks: BackgroundTasks, user: Annotator, limit_cases: int | None = None) -> FileResponse:
     """Series that are not here yet are copied from the DICOMweb server first."""
-    return monai.download_dataset(limit_cases)
+    path = monai.download_dataset(limit_cases).path
+    background_tasks.add_task(os.unlink, path)
+    return TemporaryFileResponse(path, media_type="application/zip", filename="dataset.zip")
 
 
 @router.put("/datastore/image/info", tags=["Datastore"], summary="Add to what is known about an image")

@@ -1,12 +1,14 @@
 """Training, batch inference and the choice of the next image, checked before MONAI Label starts them."""
 
 import logging
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from fastapi import APIRouter, HTTPException
+from lib.datastores.archive import ArchiveError
 from lib.trainers.ofl_sam2 import read_settings
 from monailabel.endpoints import batch_infer as monai_batch
 from monailabel.endpoints import scoring as monai_scoring
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 router = APIRouter()
 _CANDIDATES = 10
+_choosing = threading.Lock()
 
 
 @router.post("/activelearning/{strategy}", tags=["ActiveLearning"], summary="The next image to label, {} when none")
@@ -32,11 +35,12 @@ def next_sample(user: AnyUser, strategy: str, params: Options = None):
     """With `path`, `name` and `checksum` of the file to load; clients without access to `path` download it."""
     require_task("strategy", app()._strategies, strategy)
     options = params or {}
-    found = _readable_sample({**options, "strategy": strategy})
-    if found is None:
-        return {}
-    sample, path, name = found
-    info = _note_served(sample["id"], strategy, options.get("client_id", user.username))
+    with _choosing:
+        found = _readable_sample({**options, "strategy": strategy})
+        if found is None:
+            return {}
+        sample, path, name = found
+        info = _note_served(sample["id"], strategy, options.get("client_id", user.username))
     return {**sample, **info, "path": str(path), "name": name, "checksum": file_checksum(path)}
 
 
@@ -44,18 +48,20 @@ def _readable_sample(request: dict[str, Any]) -> tuple[dict[str, Any], Path, str
     """What a strategy chooses, and path and name of its file; some images that cannot be read are passed over.
 
     Raises:
-        InputError: none of them could be read.
+        InputError, ArchiveError: none of them could be read.
     """
-    tried = 0
-    while sample := app().next_sample(request):
+    unreadable: dict[str, Exception] = {}
+    while sample := app().next_sample({**request, "passed_over": list(unreadable)}):
+        if sample["id"] in unreadable or len(unreadable) == _CANDIDATES:
+            break
         try:
             return sample, *single_file(sample["id"])
-        except InputError as error:
-            tried += 1
-            if tried == _CANDIDATES:
-                raise
+        except (InputError, ArchiveError) as error:
+            unreadable[sample["id"]] = error
             logger.warning("Image %s is not handed out: %s", sample["id"], error)
             _note_served(sample["id"], request["strategy"], None)
+    if unreadable:
+        raise [*unreadable.values()][-1]
     return None
 
 

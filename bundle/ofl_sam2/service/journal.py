@@ -28,7 +28,8 @@ from ofl_sam2.errors import InputError, ModelError, OFLError
 from ofl_sam2.files import image_suffix
 from ofl_sam2.service.label_files import check_label_file, content_sha256, copy_label
 
-_IMAGE_ID = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]{1,200}")
+_IMAGE_ID = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]+")
+_MOST_BYTES = 200
 _TAG = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _BLOB = re.compile(r"[0-9a-f]{64}(\.[A-Za-z0-9]+)*")
 
@@ -264,10 +265,13 @@ def check_image_id(image: str) -> None:
     """Refuse an image id that could leave its folder.
 
     Raises:
-        InputError: empty, hidden, longer than 200 characters, with separators or control characters.
+        InputError: empty, hidden, longer than 200 bytes, with separators or control characters.
     """
-    if not _IMAGE_ID.fullmatch(image):
-        raise InputError(f"{image[:80]!r} is no image id. Use 1 to 200 characters without slashes, no dot in front.")
+    if not _IMAGE_ID.fullmatch(image) or len(image.encode(errors="surrogatepass")) > _MOST_BYTES:
+        raise InputError(
+            f"{image[:80]!r} is no image id. Use 1 to {_MOST_BYTES} bytes (letters beyond English take two to four) "
+            "without slashes, no dot in front."
+        )
 
 
 def check_tag(tag: str) -> None:

@@ -12,7 +12,7 @@ import nrrd
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.backbone.weights import sha256_of
 from ofl_sam2.errors import InputError
-from ofl_sam2.files import image_suffix
+from ofl_sam2.files import data_files, image_suffix
 
 LABEL_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 
@@ -30,6 +30,8 @@ def check_label_file(path: Path) -> None:
     suffix = image_suffix(path).lower()
     if suffix not in LABEL_SUFFIXES:
         raise InputError(f"{path} is no label file. Use {', '.join(LABEL_SUFFIXES)} or a folder of PNG masks.")
+    if suffix in (".nrrd", ".mha") and data_files(path):
+        raise InputError(f"{path} keeps its voxels in another file. Save the label as one file.")
     if suffix == ".nrrd":
         _check_nrrd(path)
 
@@ -80,8 +82,6 @@ def _check_nrrd(path: Path) -> None:
         raise InputError(
             f"Cannot read {path}: {str(error) or 'its header is damaged'}. Is it complete? Export it again."
         ) from error
-    if "data file" in header or "datafile" in header:
-        raise InputError(f"{path} keeps its voxels in another file. Save the label as one file.")
     layers = {value for name, value in header.items() if re.fullmatch(r"Segment\d+_Layer", name)}
     if len(layers) > 1 or {"list", "vector"} & set(header.get("kinds") or ()):
         raise InputError(

@@ -3,11 +3,13 @@
 import copy
 from dataclasses import dataclass, field, fields, replace
 from statistics import median
+from typing import cast
 
 import numpy as np
 
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.errors import InputError
+from ofl_sam2.looks import Viewpoint
 from ofl_sam2.memory.pool import MAIN
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.segmenter import VolumeSegmenter
@@ -92,7 +94,7 @@ def agreement(segmenter: VolumeSegmenter, case: LabelledCase, cancel: CancelToke
     """Dice of a label and what the other labels make of its image, on its labelled slices, seen from the main view.
 
     Args:
-        segmenter: is not changed; what it has learned of the same image does not count.
+        segmenter: is not changed; what it has learned of the same image does not count, nor its U-Net, which knows it.
         case: the label.
         cancel: to stop.
 
@@ -104,13 +106,13 @@ def agreement(segmenter: VolumeSegmenter, case: LabelledCase, cancel: CancelToke
     """
     others = segmenter.pool.without({case.volume.name})
     judge = copy.copy(segmenter)
-    judge.pools, judge.settings = {MAIN: others}, replace(segmenter.settings, overlap=False)
+    judge.pools, judge.settings, judge.unet = {MAIN: others}, replace(segmenter.settings, overlap=False), None
     judge.structures = {value: name for value, name in segmenter.structures.items() if value in others.values()}
     if not judge.structures.keys() & set(case.values):
         return {}
     judge.solve()
-    stack = judge.stack(case.volume)
-    slices = range(len(stack)) if case.labelled_slices is None else case.labelled_slices
+    viewpoint = cast(Viewpoint, judge.viewpoint)
+    stack, slices = viewpoint.stack(case.volume), viewpoint.labelled_slices(case)
     predicted, given = (
         np.stack([stack.slice_of(labels, index) for index in slices])
         for labels in (judge.segment(case.volume, cancel=cancel).labels, case.labels)

@@ -20,9 +20,9 @@ _MAX_NAME = 100
 class StructureRegistry:
     """The structures of one app, kept in a JSON file that several processes may share.
 
-    A new name takes the value after the largest one. Names are compared without case and outer blanks, and kept as
-    first written. A renamed structure goes by its former names too, so labels saved under them still mean the same;
-    a merged one goes by the value it was merged into.
+    A new name takes the value after the largest one, where that is 255 the smallest that is free. Names are compared
+    without case and outer blanks, and kept as first written. A renamed structure goes by its former names too, so
+    labels saved under them still mean the same; a merged one goes by the value it was merged into.
 
     Args:
         path: the file; created by the first name.
@@ -158,7 +158,10 @@ class _Names:
     def value_of(self, name: str) -> int:
         """The value of a structure, which is added if it is new."""
         if _key(name) not in self.values:
-            self._add(name, max([0, *self.current.values(), *self.merged]) + 1)
+            taken = {*self.current.values(), *self.values.values(), *self.merged}
+            after = max(taken, default=0) + 1
+            free = (value for value in range(1, _MAX_VALUE + 1) if value not in taken)
+            self._add(name, after if after <= _MAX_VALUE else next(free, after))
         return self.values[_key(name)]
 
     def values_for(self, values: Sequence[int], given: dict[int, str]) -> dict[int, int]:

@@ -31,16 +31,16 @@ class _Unlabelled(Strategy):
         """Choose.
 
         Args:
-            request: `strategy` and, if wanted, `seed`.
+            request: `strategy` and, if wanted, `seed` and images that are `passed_over`.
             datastore: the studies.
 
         Returns:
-            `id` of the image and why it was chosen; None when every image is labelled.
+            `id` of the image and why it was chosen; None when every image is labelled or passed over.
 
         Raises:
             InputError: a seed that is no integer.
         """
-        images = sorted(set(datastore.get_unlabeled_images()), key=natural_key)
+        images = sorted({*datastore.get_unlabeled_images()} - {*request.get("passed_over", ())}, key=natural_key)
         if not images:
             return None
         served = {image: _served(datastore, image, request.get("strategy", "")) for image in images}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ofl_sam2.errors import InputError
-from ofl_sam2.files import image_suffix, is_image, is_sequence
+from ofl_sam2.files import data_files, image_suffix, is_image, is_sequence
 from ofl_sam2.frames import natural_key
 from ofl_sam2.service.journal import Key, check_image_id, check_tag
 from ofl_sam2.service.label_files import LABEL_SUFFIXES, content_sha256
@@ -62,6 +62,18 @@ def find_labels(folder: Path) -> dict[Key, Path]:
             if is_label and not path.name.startswith(".") and fits(check_image_id, image_id, path):
                 found[image_id, tag.name].append(path)
     return {key: max(paths, key=lambda path: (path.stat().st_mtime_ns, path.name)) for key, paths in found.items()}
+
+
+def voxel_files(path: Path) -> list[Path]:
+    """Files beside an image that hold its voxels.
+
+    Raises:
+        InputError: its header cannot be read.
+    """
+    if path.is_dir() or image_suffix(path).lower() not in (".mhd", ".mha", ".nrrd"):
+        return []
+    beside = [path.with_name(name) for name in data_files(path) if name == Path(name).name]
+    return [file for file in beside if file.is_file()]
 
 
 def remove(path: Path) -> None:

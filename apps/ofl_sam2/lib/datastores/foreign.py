@@ -6,7 +6,7 @@ from pathlib import Path
 from lib.datastores.archive import Archive, ArchiveError, StoredSegmentation
 from lib.datastores.notices import warn_once
 from ofl_sam2.errors import InputError
-from ofl_sam2.service.journal import LabelJournal
+from ofl_sam2.service.journal import LabelEvent, LabelJournal
 
 _FINAL = "final"
 _TIME_ZONES = timedelta(hours=14)
@@ -66,11 +66,20 @@ class ForeignSegmentations:
         if label is None or not found.made:
             return
         made = datetime.fromisoformat(found.made).replace(microsecond=0)
-        since, slack = label.details.get("made"), timedelta()
-        if since is None:
-            since, slack = label.time, _TIME_ZONES
+        since, slack = _when_made(label)
         if made + slack < datetime.fromisoformat(since).replace(microsecond=0):
             raise InputError(
                 f"It was made at {found.made}, before the label there is ({since}). "
                 "Export it again if it is to be the label, and check the clock of the machine that made it."
             )
+
+
+def _when_made(label: LabelEvent) -> tuple[str, timedelta]:
+    """When a label was made, or saved if nobody knows, and how far another clock may be off."""
+    made = label.details.get("made")
+    try:
+        if datetime.fromisoformat(made).tzinfo:
+            return made, timedelta()
+    except (TypeError, ValueError):
+        pass
+    return label.time, _TIME_ZONES

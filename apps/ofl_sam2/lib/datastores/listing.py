@@ -6,7 +6,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -98,11 +98,14 @@ class ListedDatastore(LocalDatastore):
         cases = self.datalist()[: limit_cases or None]
         if not cases:
             raise InputError("The studies hold no final label yet, so there is nothing to download. Save one first.")
-        with NamedTemporaryFile(suffix=".zip", delete=False) as file, ZipFile(file, "w") as archive:
-            for kind, path in ((kind, Path(path)) for case in cases for kind, path in case.items()):
-                for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                    archive.write(part, Path(kind) / part.relative_to(path.parent))
-            archive.writestr("metadata.json", json.dumps(self.json(), default=str))
+        with NamedTemporaryFile(suffix=".zip", delete=False) as file, ExitStack() as unless_whole:
+            unless_whole.callback(os.unlink, file.name)
+            with ZipFile(file, "w") as archive:
+                for kind, path in ((kind, Path(path)) for case in cases for kind, path in case.items()):
+                    for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                        archive.write(part, Path(kind) / part.relative_to(path.parent))
+                archive.writestr("metadata.json", json.dumps(self.json(), default=str))
+            unless_whole.pop_all()
         return file.name
 
     @property

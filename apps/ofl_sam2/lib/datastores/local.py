@@ -9,7 +9,7 @@ from monailabel.datastore.local import ImageLabelModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.exception import LabelNotFoundException
 
-from lib.datastores.files import ContentHashes, find_labels, remove, remove_leftovers, split_name
+from lib.datastores.files import ContentHashes, find_labels, remove, remove_leftovers, split_name, voxel_files
 from lib.datastores.listing import ListedDatastore, label_entry
 from lib.datastores.watcher import FolderWatcher, Repeater
 from ofl_sam2.errors import InputError, OFLError
@@ -120,8 +120,17 @@ class JournaledLocalDatastore(ListedDatastore):
             entry = self._require_image(image_id)
             for tag in list(entry.labels):
                 self.remove_label(image_id, tag)
-            remove(self._images / f"{image_id}{entry.image.ext}")
+            path = self._images / f"{image_id}{entry.image.ext}"
+            for part in voxel_files(path):
+                remove(part)
+            remove(path)
             self._relist()
+
+    def holds_a_journaled_label(self) -> bool:
+        """Whether a label lies here as it is in the journal."""
+        latest = self._journal.latest()
+        labels = find_labels(self._labels) if self._labels.is_dir() else {}
+        return any(key in latest and self._hashes.of(path) == latest[key].sha256 for key, path in labels.items())
 
     def reconcile(self) -> None:
         """Repair what a crash left, and take in what changed while no server was running.

@@ -4,14 +4,13 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.exception import MONAILabelException
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 from monailabel.utils.others.generic import remove_file
 
-from lib.cases import FINAL
-from lib.datastores.archive import ArchiveError
-from ofl_sam2.errors import InputError
+from lib.cases import result_tag
+from ofl_sam2.errors import Cancelled, OFLError
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +29,7 @@ class BatchInfer(BatchInferTask):
         Raises:
             InputError: the request would make results labels to learn from.
         """
-        tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
-        if tag == FINAL:
-            raise InputError("Results cannot be saved as 'final': final labels are learned from. Use 'original'.")
+        tag = result_tag(request)
         images = sorted(self.get_images(request, datastore))
         images = images[: request.get("max_batch_size") or None]
         results: dict[str, Any] = {}
@@ -43,7 +40,9 @@ class BatchInfer(BatchInferTask):
                 remove_file(result.pop("file", None))
                 results[image] = result
                 logger.info("%d of %d: %s segmented", number, len(images), image)
-            except (InputError, ArchiveError, MONAILabelException, OSError) as error:
+            except Cancelled:
+                raise
+            except (OFLError, MONAILabelException, OSError) as error:
                 results[image] = {"error": str(error)}
                 logger.warning("%d of %d: %s failed: %s", number, len(images), image, error)
         return results

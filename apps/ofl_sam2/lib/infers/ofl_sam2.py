@@ -16,6 +16,7 @@ from lib.workspace import Workspace
 from ofl_sam2.errors import InputError
 from ofl_sam2.files import image_suffix, read_volume, write_labels
 from ofl_sam2.segmenter import Segmentation, VolumeSegmenter, with_settings
+from ofl_sam2.service.label_files import LABEL_SUFFIXES
 from ofl_sam2.service.snapshots import Snapshot
 from ofl_sam2.settings import Settings
 from ofl_sam2.volume import Volume
@@ -140,7 +141,8 @@ def _overall(result: Segmentation) -> float:
 
 def _write(labels: np.ndarray, volume: Volume, extension: str | None) -> str:
     """Write a label map in the grid of its image to a new temporary file."""
-    suffix = extension or (image_suffix(volume.path) if volume.path is not None else "") or ".nii.gz"
+    own = image_suffix(volume.path).lower() if volume.path is not None else ""
+    suffix = extension or (own if own in LABEL_SUFFIXES else ".nii.gz")
     descriptor, path = tempfile.mkstemp(suffix=suffix, prefix="ofl_sam2_")
     os.close(descriptor)
     try:

@@ -1,34 +1,33 @@
-"""The training task `ofl_sam2`: fits learner and fusion to all final labels, in a process of its own."""
+"""The training task `ofl_sam2`: fits learner, fusion and U-Net to all final labels, in a process of its own."""
 
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
-from lib.cases import LazyCases, read_case
+from lib.cases import LazyCases, image_path, read_unchanged_case
 from lib.datastores.archive import ArchiveError
 from lib.trainers.stats import TrainingStats
 from lib.workspace import Workspace
-from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.errors import InputError
 from ofl_sam2.segmenter import VolumeSegmenter
-from ofl_sam2.service.snapshots import Snapshot
+from ofl_sam2.service.structures import StructureRegistry
 from ofl_sam2.store import load_model
 from ofl_sam2.training.settings import EpochReport, TrainingResult, TrainingSettings
 from ofl_sam2.training.trainer import train
 
 logger = logging.getLogger(__name__)
 
-_DESCRIPTION = "Fits the few-shot learner and the fusion to all final labels; SAM2 stays frozen (OFL-SAM2)"
+_DESCRIPTION = "Fits few-shot learner, fusion and a 3D U-Net to all final labels; SAM2 stays frozen (OFL-SAM2)"
 
 
 class OFLSAM2Trainer(TrainTask):
-    """Trains the newest snapshot and publishes the result if it is better on held-out slices.
+    """Trains the newest snapshot and publishes the result unless it is no better on held-out slices.
 
-    A training that is killed leaves the snapshots as they are, and a checkpoint that the next one goes on from.
+    A training that is killed leaves the snapshots as they are, and a checkpoint of the learner that the next one goes
+    on from; its U-Net begins anew.
 
     Args:
         workspace: state of the app.
@@ -72,21 +71,13 @@ class OFLSAM2Trainer(TrainTask):
         options = self._workspace.options
         segmenter = load_model(current.folder, options.device, self._workspace.cache)
 
-        def read(image_id: str) -> LabelledCase:
-            return read_case(datastore, self._workspace.registry, image_id)
-
-        names, left_out = _learn_all(segmenter, datastore, read, self._workspace.registry.names)
-        if not names:
+        learned = current.notes.get("learned", {})
+        cases, trained_on, left_out = _learn_all(segmenter, datastore, self._workspace.registry, learned)
+        if not cases:
             raise InputError("The studies hold no final label to train on. Save one first.")
-        self._stats.update(state="encoding", cases=len(names), left_out=left_out)
-        result = train(
-            segmenter,
-            LazyCases(names, read),
-            settings,
-            options.model_root / "training.pt",
-            self._report,
-        )
-        version = self._publish(segmenter, names, current) if result.improved else None
+        self._stats.update(state="encoding", cases=len(cases), left_out=left_out)
+        result = train(segmenter, cases, settings, options.model_root / "training.pt", self._report)
+        version = self._publish(segmenter, trained_on) if result.improved else None
         self._stats.finish(state="done", **_outcome(result, version))
 
     def _report(self, report: EpochReport) -> None:
@@ -94,7 +85,7 @@ class OFLSAM2Trainer(TrainTask):
         self._stats.update(state="training", epoch=report.epoch, total_epochs=total, train_loss=round(report.loss, 4))
         logger.info("Epoch %d of about %d: loss %.4f", report.epoch, total, report.loss)
 
-    def _publish(self, trained: VolumeSegmenter, names: list[str], before: Snapshot) -> int:
+    def _publish(self, trained: VolumeSegmenter, trained_on: dict[str, str]) -> int:
         """Put the fitted parameters on top of the newest snapshot: labels may have come meanwhile."""
         snapshots, options = self._workspace.snapshots, self._workspace.options
         with snapshots.lock():
@@ -105,34 +96,31 @@ class OFLSAM2Trainer(TrainTask):
             segmenter.learner.load_state_dict(trained.learner.state_dict())
             segmenter.unet = trained.unet
             segmenter.solve()
-            learned = {**newest.notes.get("learned", {}), **before.notes.get("learned", {})}
-            trained_on = {name: learned.get(name, "") for name in names}
             notes = {**newest.notes, "trained_on": trained_on, "reason": "training"}
             return snapshots.publish(segmenter, notes).version
 
 
 def _learn_all(
-    segmenter: VolumeSegmenter,
-    datastore: Datastore,
-    read: Callable[[str], LabelledCase],
-    structures: Callable[[], dict[str, int]],
-) -> tuple[list[str], dict[str, str]]:
-    """Learn the final labels that the snapshot does not know yet.
+    segmenter: VolumeSegmenter, datastore: Datastore, registry: StructureRegistry, learned: dict[str, str]
+) -> tuple[LazyCases, dict[str, str], dict[str, str]]:
+    """Learn the final labels that the snapshot, which has `learned` image -> sha256, does not know as they are now.
 
     Returns:
-        Images with a final label that can be trained on; the others and why not.
+        Cases that can be trained on, and image -> sha256 of their labels; the other images and why not.
     """
-    names, left_out = [], {}
+    cases = LazyCases(lambda image_id: image_path(datastore, image_id))
+    trained_on, left_out = dict[str, str](), dict[str, str]()
     for image_id in sorted(datastore.get_labeled_images()):
         try:
-            case = read(image_id)
-            if image_id not in segmenter.pool.cases:
+            case, sha256 = read_unchanged_case(datastore, registry, image_id)
+            if image_id not in segmenter.pool.cases or learned.get(image_id) != sha256:
                 values = {*segmenter.pool.values(), *case.values}
-                segmenter.learn([case], {value: name for name, value in structures().items() if value in values})
-            names.append(image_id)
+                segmenter.learn([case], {value: name for name, value in registry.names().items() if value in values})
+            cases.add(case)
+            trained_on[image_id] = sha256
         except (InputError, ArchiveError) as error:
             left_out[image_id] = str(error)
-    return names, left_out
+    return cases, trained_on, left_out
 
 
 def read_settings(request: dict[str, Any]) -> TrainingSettings:
