@@ -56,7 +56,7 @@ lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## Run the benchmarks; results are written beside the scripts (label_efficiency.py takes a day: by hand)
+bench: $(STAMP) ## Run the benchmarks; results go to benchmarks/results/ (label_efficiency.py takes a day: by hand)
 	@set -e; for script in $(filter-out benchmarks/label_efficiency.py, $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 bundle: $(STAMP) ## Write the MONAI bundle to dist/ as a zip that `monai.bundle download` takes
