@@ -103,9 +103,9 @@ def test_a_good_pair(pair):
 
 def test_empty_slices_can_be_ignored(pair):
     case = load_case(pair, ignore_empty_slices=True)
-    assert (case.labelled_slices, case.partly_labelled) == (None, True)
+    assert (case.labelled_slices, case.ignore_empty_slices) == (None, True)
     assert told(case) == (1, 2)
-    assert not load_case(pair).partly_labelled
+    assert told(load_case(pair)) == (0, 1, 2)
 
 
 def test_values_that_no_model_can_hold_are_refused(pair):

@@ -56,11 +56,6 @@ class LabelledCase:
                 f"The label of {self.volume.name} holds the value {max(self.values)}. Use values from 1 to {MAX_VALUE}."
             )
 
-    @property
-    def partly_labelled(self) -> bool:
-        """Whether some slices may not count as labelled."""
-        return self.labelled_slices is not None or self.ignore_empty_slices
-
 
 def find_cases(images: Path, labels: Path | None = None, cases: Sequence[str] | None = None) -> list[Case]:
     """Pair the images of a folder with the labels of another by case name, in natural order.

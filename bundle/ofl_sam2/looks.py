@@ -85,34 +85,33 @@ class Viewpoint:
 
     def looks(self, case: LabelledCase) -> Iterator[Look]:
         """Every look at a labelled case, the main one first. Side views need a label on every slice."""
-        grey, slices, labels = intensity_for(case.volume), self.labelled_slices(case), case.labels
-        if case.partly_labelled:
-            labels, stack = np.zeros_like(labels), self.stack(case.volume)
-            for index in slices:
-                stack.slice_of(labels, index)[...] = stack.slice_of(case.labels, index)
-        case = replace(case, labels=labels)
-        yield from self._looks(case, slices, grey, None, ())
+        case, grey = self._seen(case), intensity_for(case.volume)
+        yield from self._looks(case, grey, None, ())
         if self.settings.close_ups:
-            masks = ((value, labels == value) for value in case.values)
+            masks = ((value, case.labels == value) for value in case.values)
             for window, focus in windows(case.volume, masks):
-                yield from self._looks(case, slices, grey, window, focus)
+                yield from self._looks(case, grey, window, focus)
+
+    def _seen(self, case: LabelledCase) -> LabelledCase:
+        """The case without what is drawn in slices that do not count as labelled."""
+        if case.labelled_slices is None and not case.ignore_empty_slices:
+            return case
+        stack, slices, labels = self.stack(case.volume), self.labelled_slices(case), np.zeros_like(case.labels)
+        for index in slices:
+            stack.slice_of(labels, index)[...] = stack.slice_of(case.labels, index)
+        return replace(case, labels=labels, labelled_slices=slices, ignore_empty_slices=False)
 
     def _looks(
-        self,
-        case: LabelledCase,
-        slices: tuple[int, ...],
-        grey: Intensity,
-        window: Window | None,
-        focus: tuple[int, ...],
+        self, case: LabelledCase, grey: Intensity, window: Window | None, focus: tuple[int, ...]
     ) -> Iterator[Look]:
-        if window is not None and case.partly_labelled:
+        if window is not None and case.labelled_slices is not None:
             window = _all_slices(window, self.stack(case.volume))
         labels = case.labels if window is None else case.labels[window.slices]
         for view, stack in self.stacks(case.volume, grey, window).items():
             if view.axis is None:
-                shown = slices if case.partly_labelled else tuple(range(len(stack)))
-                yield Look(view, focus, stack, labels, shown)
-            elif not case.partly_labelled:
+                every = tuple(range(len(stack)))
+                yield Look(view, focus, stack, labels, every if case.labelled_slices is None else case.labelled_slices)
+            elif case.labelled_slices is None:
                 yield Look(view, focus, stack, labels, _telling(stack, labels))
 
 
