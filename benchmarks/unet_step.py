@@ -10,7 +10,8 @@ from torch import nn
 
 from ofl_sam2.learner.plan import DEEPEST, Plan
 from ofl_sam2.learner.unet import VoxelUNet
-from ofl_sam2.training.voxels import marginal_loss, patches_per_step
+from ofl_sam2.training.losses import marginal_loss
+from ofl_sam2.training.voxels import patches_per_step
 
 REPEATS = 5
 PLANS = {"thin": Plan((1.0, 1.0, 1.0), (36, 50, 36)), "thick": Plan((1.4, 10.0, 1.4), (256, 12, 256))}

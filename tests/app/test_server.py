@@ -198,6 +198,15 @@ def client(server: Any, fake: FakeApp) -> Iterator[TestClient]:
         yield client
 
 
+@pytest.fixture
+def user(server: Any, monkeypatch: pytest.MonkeyPatch) -> User:
+    """Who is logged in, without the role of an annotator."""
+    monkeypatch.setattr(settings, "MONAI_LABEL_AUTH_ENABLE", True)
+    user = User(username="ann", roles=[settings.MONAI_LABEL_AUTH_ROLE_USER])
+    monkeypatch.setitem(server.dependency_overrides, get_current_user, lambda: user)
+    return user
+
+
 def label_file(folder: Path, grid: tuple[int, ...] = GRID, value: int = 1, name: str = "x.nrrd") -> bytes:
     labels = np.zeros(grid, np.uint8)
     labels[2:6, 2:6, 1:3] = value
@@ -378,12 +387,7 @@ def test_a_signed_token_is_a_login(monkeypatch: pytest.MonkeyPatch) -> None:
             auth.from_token(forged)
 
 
-def test_only_annotators_store_results(
-    server: Any, client: TestClient, fake: FakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settings, "MONAI_LABEL_AUTH_ENABLE", True)
-    user = User(username="ann", roles=[settings.MONAI_LABEL_AUTH_ROLE_USER])
-    monkeypatch.setitem(server.dependency_overrides, get_current_user, lambda: user)
+def test_only_annotators_store_results(client: TestClient, user: User) -> None:
     saving = {"params": json.dumps({"save_label": True})}
     assert client.post("/infer/ofl_sam2?image=case_a", data=saving).status_code == 403
     assert client.post("/infer/ofl_sam2?image=case_a").status_code == 200
@@ -391,12 +395,7 @@ def test_only_annotators_store_results(
     assert client.post("/infer/ofl_sam2?image=case_a", data=saving).status_code == 200
 
 
-def test_only_annotators_store_drafts(
-    server: Any, client: TestClient, fake: FakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settings, "MONAI_LABEL_AUTH_ENABLE", True)
-    user = User(username="ann", roles=[settings.MONAI_LABEL_AUTH_ROLE_USER])
-    monkeypatch.setitem(server.dependency_overrides, get_current_user, lambda: user)
+def test_only_annotators_store_drafts(client: TestClient, user: User, monkeypatch: pytest.MonkeyPatch) -> None:
     stored: list[str] = []
     studies = SimpleNamespace(store_draft=None)
     monkeypatch.setattr("server.inference.dicomweb_studies", lambda: studies)

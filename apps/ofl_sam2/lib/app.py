@@ -221,8 +221,8 @@ class OFLSAM2App(MONAILabelApp):
         if not studies.is_dir():
             return
         before = Path(note.read_text(encoding="utf-8").strip()) if note.exists() else studies
-        moved = not before.is_dir() and self.datastore().holds_a_journaled_label()
-        if self.journal.latest() and not moved and not (before.is_dir() and before.samefile(studies)):
+        same = before.samefile(studies) if before.is_dir() else self.datastore().holds_a_journaled_label()
+        if self.journal.latest() and not same:
             raise OFLError(
                 f"{self.options.model_root} holds labels of the studies in {before}, not in {studies}. Give these "
                 f"their own with --conf model_root PATH. If they are a copy of the others, remove {note} first."

@@ -47,8 +47,7 @@ def read_case(datastore: Datastore, registry: StructureRegistry, image_id: str) 
     Raises:
         InputError: there is none, or as in `labelled_case`.
     """
-    label, info = _final_label(datastore, image_id)
-    return labelled_case(image_id, image_path(datastore, image_id), label, info.get("label_info"), registry)
+    return _read_final(datastore, registry, image_id)[0]
 
 
 def read_unchanged_case(datastore: Datastore, registry: StructureRegistry, image_id: str) -> tuple[LabelledCase, str]:
@@ -57,20 +56,24 @@ def read_unchanged_case(datastore: Datastore, registry: StructureRegistry, image
     Raises:
         InputError: also where the label is no more what the studies list.
     """
-    label, info = _final_label(datastore, image_id)
-    case = labelled_case(image_id, image_path(datastore, image_id), label, info.get("label_info"), registry)
+    case, label, info = _read_final(datastore, registry, image_id)
     sha256 = content_sha256(label)
     if info.get("sha256", sha256) != sha256:
         raise InputError(f"The label of {image_id} is being saved again. Train once more to learn from it.")
     return case, sha256
 
 
-def _final_label(datastore: Datastore, image_id: str) -> tuple[Path, dict[str, Any]]:
+def _read_final(
+    datastore: Datastore, registry: StructureRegistry, image_id: str
+) -> tuple[LabelledCase, Path, dict[str, Any]]:
+    """A case, where its label lies, and what the studies list about the label."""
     label_id = datastore.get_label_by_image_id(image_id, FINAL)
     label = datastore.get_label_uri(label_id, FINAL) if label_id else ""
     if not label or not Path(label).exists():
         raise InputError(f"The studies hold no final label of {image_id}. Save one first.")
-    return Path(label), datastore.get_label_info(label_id, FINAL)
+    info = datastore.get_label_info(label_id, FINAL)
+    image = image_path(datastore, image_id)
+    return labelled_case(image_id, image, Path(label), info.get("label_info"), registry), Path(label), info
 
 
 def image_path(datastore: Datastore, image_id: str) -> Path:

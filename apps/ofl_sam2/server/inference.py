@@ -10,7 +10,8 @@ from fastapi.responses import FileResponse
 from lib.infers.options import wants_draft
 from monailabel.endpoints import infer as monai
 
-from server.forms import AnyUser, OptionalUpload, Params, TemporaryFileResponse, require_annotator
+from server.downloads import TemporaryFileResponse
+from server.forms import AnyUser, OptionalUpload, Params, require_annotator
 from server.keys import check_upload, parse_params
 from server.lookup import app, require_image, require_session, require_task
 from server.predictions import dicomweb_studies, predict

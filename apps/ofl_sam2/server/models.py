@@ -7,7 +7,8 @@ from pathlib import Path
 from fastapi import APIRouter, BackgroundTasks, HTTPException
 
 from ofl_sam2.service.snapshots import Snapshot
-from server.forms import Admin, TemporaryFileResponse
+from server.downloads import TemporaryFileResponse
+from server.forms import Admin
 from server.lookup import app, require_task
 from server.ofl import describe
 

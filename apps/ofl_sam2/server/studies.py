@@ -8,7 +8,8 @@ from fastapi.responses import FileResponse
 from monailabel.endpoints import datastore as monai
 from monailabel.endpoints.info import app_info
 
-from server.forms import Admin, Annotator, AnyUser, TemporaryFileResponse
+from server.downloads import TemporaryFileResponse
+from server.forms import Admin, Annotator, AnyUser
 
 router = APIRouter()
 Info = Annotated[str, Form(description="a JSON object")]

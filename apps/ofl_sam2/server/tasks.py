@@ -51,8 +51,9 @@ def _readable_sample(request: dict[str, Any]) -> tuple[dict[str, Any], Path, str
         InputError, ArchiveError: none of them could be read.
     """
     unreadable: dict[str, Exception] = {}
-    while sample := app().next_sample({**request, "passed_over": list(unreadable)}):
-        if sample["id"] in unreadable or len(unreadable) == _CANDIDATES:
+    while len(unreadable) < _CANDIDATES:
+        sample = app().next_sample({**request, "passed_over": list(unreadable)})
+        if not sample or sample["id"] in unreadable:
             break
         try:
             return sample, *single_file(sample["id"])

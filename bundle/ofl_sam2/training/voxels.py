@@ -34,9 +34,9 @@ from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import MOST_VOXELS, PATCH_VOXELS, Trunk, VoxelUNet, at_time, times
 from ofl_sam2.looks import Viewpoint
 from ofl_sam2.memory.pool import evenly
-from ofl_sam2.precision import autocast
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.training.closed_form import SCALE, linear_map
+from ofl_sam2.training.losses import marginal_loss
 from ofl_sam2.training.schedule import learning_rate
 
 MOST_VOLUMES, TRIED = 64, 0.4
@@ -290,34 +290,3 @@ def _batch(samples: Sequence[_Sample], augment: Compose, size: int) -> tuple[Ten
         labels.append(patch["label"].as_tensor())
         taught.append(samples[row].taught)
     return torch.stack(images), torch.stack(labels), torch.stack(taught)
-
-
-def marginal_loss(unet: VoxelUNet, images: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
-    """Cross-entropy and Dice where labels are known, with deep supervision: each head counts half as much.
-
-    Background may be any structure that is not labelled in its case (marginal loss, Shi et al., 2021).
-
-    Args:
-        unet: in training mode.
-        images: `(B, C, x, y, z)`.
-        labels: `(B, 1, x, y, z)`, as in the samples: 0, from 1 a structure's number, K + 1 where nothing is known.
-        taught: `(B, K)`, 1 where a structure is labelled in the case.
-    """
-    count = len(unet.values)
-    known = (labels <= count).float()
-    target = torch.cat([labels == number for number in range(1, count + 1)], 1).float()
-    hidden = functional.pad(1 - taught, (1, 0), value=1.0)[:, :, None, None, None].log()
-    with autocast(images.device):
-        heads = unet(images).float().unbind(1)
-    weights = [0.5**level for level in range(len(heads))]
-    losses = []
-    for logits in heads:
-        likely = logits.log_softmax(1)
-        background = (likely + hidden).logsumexp(1, keepdim=True)
-        entropy = -torch.where(labels == 0, background, (likely[:, 1:] * target).sum(1, keepdim=True)) * known
-        told = known * taught[:, :, None, None, None]
-        probability, voxels = likely[:, 1:].exp(), (0, 2, 3, 4)
-        overlap, total = (told * probability * target).sum(voxels), (told * (probability + target)).sum(voxels)
-        dice = (2 * overlap + 1e-5) / (total + 1e-5)
-        losses.append(entropy.sum() / known.sum().clamp(min=1) + (1 - dice).mean())
-    return sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
