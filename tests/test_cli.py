@@ -326,6 +326,15 @@ def test_bad_images_do_not_keep_the_others_from_being_done(cli, study, tmp_path)
     assert (set(report["results"]), set(report["failures"])) == ({"c"}, {"absent", "truncated"})
 
 
+def test_a_folder_of_images_is_segmented_as_a_whole(cli, study, tmp_path):
+    folder = tmp_path / "cases"
+    folder.mkdir()
+    for name in ("c", "d"):
+        shutil.copy(study.image(name), folder)
+    succeed(cli("segment", "--model", study.model, "--image", folder, "--output", tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["c.nii.gz", "d.nii.gz"]
+
+
 def test_two_images_of_one_name_are_refused_before_any_work(cli, study, tmp_path):
     other = shutil.copy(study.image("c"), tmp_path)
     result = cli("segment", "--model", study.model, "--image", study.image("c"), "--image", other, "--output", tmp_path)
@@ -600,6 +609,14 @@ def test_bad_requests_for_scores_are_refused(cli, study, options, words):
     assert_refused(cli("evaluate", "--predictions", study.labels, "--labels", study.labels, *options), words)
 
 
+def test_what_is_not_scored_is_said(cli, study, tmp_path):
+    shutil.copytree(study.labels, tmp_path / "some")
+    (tmp_path / "some" / study.image("a").name).unlink()
+    arguments = ["evaluate", "--predictions", tmp_path / "some", "--labels", study.labels, "--structures", "1=bright"]
+    said = succeed(cli(*arguments, "--tolerance", "2", "--ignore-empty-slices")).err
+    assert "Without a prediction, and in no mean: a." in said and "also hold 2" in said
+
+
 def test_labels_agree_with_themselves(cli, study):
     shown = succeed(cli("evaluate", "--predictions", study.labels, "--labels", study.labels, "--cases", "a,b")).out
     assert shown.count("1.000") == 9
@@ -612,6 +629,8 @@ def test_labels_agree_with_themselves(cli, study):
 def test_weights_are_listed_with_their_places(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("OFL_SAM2_WEIGHTS", str(tmp_path))
     (tmp_path / f"{TINY}.pt").touch()
+    os.truncate(tmp_path / f"{TINY}.pt", weights.CATALOGUE[TINY].size)
+    (tmp_path / "sam2.1_hiera_small.pt").write_bytes(b"damaged")
     lines = succeed(cli("weights", "list")).out.splitlines()
     assert [line.split()[:2] for line in lines] == [
         [name, "present" if name in ("nano", TINY) else "absent"] for name in BACKBONES

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from rich.table import Table
 
 from ofl_sam2 import console
 from ofl_sam2.console import cancel_on_interrupt, err, out, peak_memory_gb, progress, write_json
@@ -97,3 +98,11 @@ def test_peak_memory_counts_what_was_allocated():
     block = np.ones(int(before * 1e9 / 8) + 25_000_000)
     assert block.sum() > 0
     assert peak_memory_gb() >= before + 0.15
+
+
+def test_a_wide_table_is_printed_whole(capsys):
+    table = Table(*[f"structure {number}" for number in range(40)])
+    table.add_row(*[f"0.{number:03d}" for number in range(40)])
+    console.print_whole(table)
+    shown = capsys.readouterr().out
+    assert all(f"0.{number:03d}" in shown and f"structure {number}" in shown for number in range(40))

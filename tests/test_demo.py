@@ -123,6 +123,16 @@ def test_after_training_every_case_is_segmented_again(output, segmented, monkeyp
     assert len(segmented) == 2
 
 
+def test_another_training_time_trains_again(output, monkeypatch):
+    trained = []
+    result = TrainingResult([EpochReport(1, 0.5, 1.0, 60.0)], 0.5, 0.6, True)
+    monkeypatch.setattr(jobs, "train", lambda *arguments: (trained.append(arguments[2].minutes), result)[1])
+    for minutes in (1, 1, 2, 0):
+        run_demo(output, minutes, False, CancelToken())
+        assert json.loads((output / "report.json").read_text())["training_minutes"] == minutes
+    assert trained == [1, 2]
+
+
 def test_an_interrupted_training_is_taken_up_again(output, monkeypatch):
     trained = []
 

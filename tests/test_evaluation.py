@@ -280,5 +280,39 @@ def test_a_prediction_without_reference_is_named(tmp_path: Path) -> None:
 def test_another_grid_is_refused(tmp_path: Path, shape: tuple, spacing: tuple) -> None:
     save(tmp_path / "labels" / "a.nii.gz", cube((8, 8, 8)))
     save(tmp_path / "predictions" / "a.nii.gz", cube((8, 8, 8), shape=shape), spacing)
-    with pytest.raises(InputError, match="different grids"):
+    with pytest.raises(InputError, match=r"has shape|different places in space"):
         evaluate_folders(tmp_path / "predictions", tmp_path / "labels")
+
+
+def test_what_is_in_no_score_is_named(tmp_path: Path) -> None:
+    for case in ("a", "b", "c"):
+        save(tmp_path / "labels" / f"{case}.nii.gz", cube((8, 8, 8)))
+    predicted = cube((8, 8, 8))
+    predicted[0, 0, 0] = 3
+    save(tmp_path / "predictions" / "a.nii.gz", predicted)
+    report = evaluate_folders(tmp_path / "predictions", tmp_path / "labels", tolerance=2.0)
+    assert (report.not_predicted, report.not_scored) == (("b", "c"), (3,))
+    content = json.loads(report.to_json())
+    assert (content["not_predicted"], content["not_scored"]) == (["b", "c"], [3])
+    assert content["surface_dice_tolerance_mm"] == 2.0
+
+
+def test_slices_that_nobody_drew_in_need_not_count(tmp_path: Path) -> None:
+    drawn, spacing = cube((8, 8, 8)), (1.0, 1.0, 4.0)
+    partly = drawn.copy()
+    partly[:, :, 12:] = 0
+    save(tmp_path / "labels" / "a.nii.gz", partly, spacing)
+    save(tmp_path / "predictions" / "a.nii.gz", drawn, spacing)
+    folders = tmp_path / "predictions", tmp_path / "labels"
+    assert evaluate_folders(*folders).mean()["dice"] == pytest.approx(2 / 3)
+    assert evaluate_folders(*folders, ignore_empty_slices=True).mean()["dice"] == 1.0
+
+
+def test_a_reference_may_be_stored_in_another_order(tmp_path: Path) -> None:
+    save(tmp_path / "predictions" / "a.nii.gz", cube((3, 8, 8)))
+    image = nib.load(tmp_path / "predictions" / "a.nii.gz")
+    (tmp_path / "labels").mkdir()
+    turned = image.as_reoriented(nib.orientations.axcodes2ornt("SAL", (("L", "R"), ("P", "A"), ("I", "S"))))
+    nib.save(turned, tmp_path / "labels" / "a.nii.gz")
+    report = evaluate_folders(tmp_path / "predictions", tmp_path / "labels", metrics=ALL)
+    assert report.cases[0].scores["structure_1"] == {"dice": 1.0, "hd95": 0.0, "surface_dice": 1.0}

@@ -17,7 +17,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from ofl_sam2.dicom import read_headers
 from ofl_sam2.errors import InputError
-from ofl_sam2.files import case_name, data_files, read_labels, read_volume, write_labels
+from ofl_sam2.files import case_name, data_files, nifti_image, read_labels, read_volume, write_labels
 from ofl_sam2.volume import Volume
 
 OBLIQUE = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.2, -0.1, 0.3) @ np.diag([-0.5, -0.7, 2.5]), (10, -20, 30))
@@ -282,7 +282,7 @@ NRRD = "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 2 2\nencoding: raw\n"
     [
         ("a.mhd", META + "ElementDataFile = a.raw\n", ["a.raw"]),
         ("a.mha", META + "ElementDataFile = ../other/a.raw\n", ["../other/a.raw"]),
-        ("a.mhd", META + "Comment = ElementDataFile = LOCAL\n  elementdatafile = /etc/passwd\n", ["/etc/passwd"]),
+        ("a.mhd", META + "  elementdatafile = /etc/passwd\n", ["/etc/passwd"]),
         ("a.mhd", META + "ElementDataFile = LIST\nx/1.raw\n2.raw\n", ["x/1.raw", "2.raw"]),
         ("a.mha", META + "ElementDataFile = LOCAL\nElementDataFile = x", []),
         ("a.nrrd", NRRD + "data file: a.raw\n\n", ["a.raw"]),
@@ -303,6 +303,30 @@ def test_voxels_come_from_beside_the_header_only(tmp_path, name, header, named):
             read_volume(path)
     elif named:
         assert read_volume(path).voxels.ravel(order="F").tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("a.mha", META + "ElementDataFile : /etc/passwd\nElementDataFile = LOCAL\n"),
+        ("a.mha", META + "Comment = ElementDataFile = x\nElementDataFile = LOCAL\n"),
+        ("a.mha", META + "\vElementDataFile = /etc/passwd\nElementDataFile = LOCAL\n"),
+        ("a.mha", META + "\fElementDataFile = /etc/passwd\nElementDataFile = LOCAL\n"),
+        ("a.mha", META + "ElementDataFile\0 = /etc/passwd\nElementDataFile = LOCAL\n"),
+        ("a.mha", META + "Element\0DataFile = /etc/passwd\nElementDataFile = LOCAL\n"),
+        ("a.mha", META + "Comment = x\rElementDataFile = /etc/passwd\nElementDataFile = LOCAL\n"),
+        ("a.mha", META + "ElementDataFile = LIST\nx\r/etc/passwd\n\n"),
+        ("a.nrrd", NRRD + "content: x\rdata file: /etc/passwd\n\n"),
+        ("a.nrrd", NRRD + "data file: a.raw\ndata file: /etc/passwd\n\n"),
+        ("a.nrrd", NRRD + "data file: a.raw\n" + "# padding\n" * 200_000 + "data file: /etc/passwd\n\n"),
+    ],
+)
+def test_a_header_that_can_be_read_in_two_ways_is_refused(tmp_path, name, header):
+    (tmp_path / name).write_bytes(header.encode() + bytes(8))
+    (tmp_path / "a.raw").write_bytes(bytes(8))
+    for read in (data_files, read_volume):
+        with pytest.raises(InputError, match="does not say where its voxels are"):
+            read(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.mha", "a.nrrd"])
@@ -592,3 +616,65 @@ def test_real_oblique_image_keeps_its_grid_in_every_format(data_dir, tmp_path, s
     written = read_labels(tmp_path / f"label{suffix}")
     np.testing.assert_array_equal(written.voxels, labels)
     np.testing.assert_allclose(written.affine, volume.affine, atol=1e-4)
+
+
+def sheared(tilt_mm):
+    """Slices of 2 mm, each moved by `tilt_mm` along the columns."""
+    affine = np.diag([0.7, 0.7, 2.0, 1.0])
+    affine[1, 2] = tilt_mm
+    return affine
+
+
+@pytest.mark.parametrize(("tilt_mm", "readable"), [(0.0, True), (0.0004, True), (0.8, False)])
+def test_itk_reads_written_volumes_at_their_place_unless_the_gantry_was_tilted(tmp_path, tilt_mm, readable):
+    volume = Volume(np.zeros((20, 20, 8), np.uint8), sheared(tilt_mm), "case")
+    nib.save(nifti_image(volume, volume.voxels), tmp_path / "image.nii.gz")
+    write_labels(tmp_path / "label.nii.gz", volume.voxels, volume)
+    for name in ("image.nii.gz", "label.nii.gz"):
+        np.testing.assert_allclose(read_volume(tmp_path / name).affine, volume.affine, atol=1e-6)
+        if not readable:
+            with pytest.raises(RuntimeError, match="orthonormal"):
+                sitk.ReadImage(str(tmp_path / name))
+            continue
+        found = sitk.ReadImage(str(tmp_path / name)).TransformIndexToPhysicalPoint((19, 19, 7))
+        np.testing.assert_allclose(np.array(found) * (-1, -1, 1), (volume.affine @ (19, 19, 7, 1))[:3], atol=0.01)
+
+
+@pytest.mark.parametrize("scale", [2 / 255, 1.00000012])
+def test_labels_that_are_off_by_rounding_are_rounded(tmp_path, scale):
+    voxels = np.zeros((3, 3, 3), np.float32)
+    voxels[0], voxels[1] = 1.0000001, 1.996
+    read = read_labels(save_nifti(tmp_path / "a.nii", voxels))
+    assert read.voxels.dtype == np.uint8 and sorted(np.unique(read.voxels)) == [0, 1, 2]
+    stored = np.rint(np.arange(3) / scale)[:, None, None] * np.ones((1, 3, 3)) * scale
+    assert read_labels(save_nifti(tmp_path / "b.nii", stored.astype(np.float32))).voxels[:, 0, 0].tolist() == [0, 1, 2]
+
+
+def test_a_preview_beside_a_folder_of_dicom_files_is_no_sequence(tmp_path):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "thumb.png")
+    save_series(tmp_path / "SE001")
+    assert not read_volume(tmp_path).frames
+
+
+def test_slices_with_rescales_of_their_own_do_not_wrap_around(tmp_path):
+    folder = save_series(tmp_path / "pet")
+    before = read_volume(folder).voxels
+    for number, path in enumerate(
+        sorted(folder.glob("*.dcm"), key=lambda p: pydicom.dcmread(p).ImagePositionPatient[2])
+    ):
+        slice_ = pydicom.dcmread(path)
+        slice_.RescaleSlope, slice_.RescaleIntercept = 1000 * (number + 1), -1024 * number
+        slice_.save_as(path)
+    after = read_volume(folder).voxels
+    assert after.dtype == np.float32
+    for number in range(after.shape[2]):
+        np.testing.assert_array_equal(
+            after[..., number], (before[..., number] + 1000.0) * 1000 * (number + 1) - 1024 * number
+        )
+
+
+def test_series_of_several_studies_are_not_chosen_from(tmp_path):
+    save_series(tmp_path / "one", StudyInstanceUID="1.2")
+    save_series(tmp_path / "two", StudyInstanceUID="1.3")
+    with pytest.raises(InputError, match="2 studies"):
+        read_volume(tmp_path)

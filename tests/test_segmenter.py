@@ -221,6 +221,37 @@ def test_a_chosen_structure_is_learned_alone(make_segmenter, make_case, query):
     assert list(result.quality) == ["dim"]
 
 
+def test_structures_that_were_learned_stay_and_keep_their_names(make_segmenter, make_case):
+    segmenter = make_segmenter(())
+    segmenter.learn([make_case("a", values=(1,))], structures={1: "liver"})
+    segmenter.learn([make_case("b", values=(2,))], structures={2: "spleen"})
+    assert segmenter.structures == {1: "liver", 2: "spleen"}
+    with pytest.raises(InputError, match="1 is liver, not heart in this model"):
+        segmenter.learn([make_case("c")], structures={1: "heart"})
+    assert segmenter.structures == {1: "liver", 2: "spleen"} and set(segmenter.pool.cases) == {"a", "b"}
+    segmenter.learn([make_case("a", values=(2,))], structures={2: "spleen"})
+    assert segmenter.structures == {2: "spleen"}
+
+
+def test_the_first_ct_fixes_a_window_that_holds_its_structures(make_segmenter, make_case):
+    case = make_case(values=(1,))
+    hounsfield = np.where(case.labels == 1, -800, 40) + np.arange(case.labels.size).reshape(case.labels.shape) % 7
+    hounsfield.flat[:2] = -1000, 1500
+    ct = replace(case, volume=replace(case.volume, voxels=hounsfield.astype(np.int16)))
+    segmenter = make_segmenter((ct,))
+    low, high = segmenter.settings.ct_window
+    assert -801 < low < -799 and high == 240
+    assert segmenter.viewpoint.settings == segmenter.settings
+    inside = segmenter.stack(ct.volume).intensity
+    assert (inside.low, inside.high) == (low, high)
+    soft = make_segmenter((replace(ct, labels=1 - case.labels),))
+    assert soft.settings.ct_window == (-160, 240)
+    assert make_segmenter((ct,), ct_window=(-500, 500)).settings.ct_window == (-500, 500)
+    assert make_segmenter((case,)).settings.ct_window is None
+    segmenter.learn([make_case("mr", seed=1)])
+    assert segmenter.settings.ct_window == (low, high)
+
+
 def test_a_forgotten_case_is_as_if_it_had_never_been_learned(make_segmenter, make_case, query):
     segmenter = make_segmenter((make_case("a", values=(1,)), make_case("b", seed=1)))
     segmenter.forget(["b"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ofl_sam2 import store
 from ofl_sam2.backbone import load
 from ofl_sam2.errors import InputError, ModelError, OFLError, WeightsError
 from ofl_sam2.learner.plan import Plan
@@ -420,3 +421,24 @@ def test_a_damaged_file_is_refused_before_it_is_read(folder, extended, which, da
     path.write_bytes({"flip": data, "cut": data[:-100], "empty": b"", "longer": data + b"\0"}[damage])
     with pytest.raises(ModelError, match=f"{path.name} is damaged"):
         load_model(folder)
+
+
+def test_cases_that_were_read_are_neither_written_nor_read_nor_hashed_again(folder, tmp_path, monkeypatch, query):
+    loaded, hashed = load_model(folder), []
+    own = store.sha256_of
+    monkeypatch.setattr(store, "sha256_of", lambda path: (hashed.append(path.name), own(path))[1])
+    monkeypatch.setattr(store, "save", None)
+    save_model(loaded, tmp_path / "next", reuse=folder)
+    again = load_model(tmp_path / "next", like=loaded)
+    assert not any(name.startswith("pool") for name in hashed)
+    assert {id(c) for c in again.pool.cases.values()} == {id(c) for c in loaded.pool.cases.values()}
+    assert again.backbone is loaded.backbone
+    assert_same(again, loaded, query)
+
+
+def test_a_case_that_was_changed_is_written_as_it_is(folder, tmp_path, query):
+    loaded = load_model(folder)
+    (first, *_), pool = loaded.pool.cases.values(), loaded.pool
+    pool.add(replace(first, labels=torch.zeros_like(first.labels) + 1))
+    save_model(loaded, tmp_path / "next", reuse=folder)
+    assert (load_model(tmp_path / "next").pool.cases[first.key].labels == 1).all()

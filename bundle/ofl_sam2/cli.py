@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ofl_sam2 import __version__
-from ofl_sam2.console import cancel_on_interrupt, err, out, peak_memory_gb, write_json
+from ofl_sam2.console import cancel_on_interrupt, err, out, peak_memory_gb, print_whole, write_json
 from ofl_sam2.errors import Cancelled, InputError, OFLError
 
 app = typer.Typer(
@@ -32,11 +32,17 @@ Backbone = Annotated[
 ]
 ImageSize = Annotated[int | None, typer.Option(help="Input side in pixels, a multiple of 32.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32 - 1)]
+Seed = Annotated[
+    int, typer.Option(help="Of everything random. A training limited by time still differs.", min=0, max=2**32 - 1)
+]
 Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint of an earlier run.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Folder of cached features; default the user's cache.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if the folder holds a model.")]
+CTWindow = Annotated[
+    str | None,
+    typer.Option(help='HU told apart in CT, such as "-1000,400"; default soft tissue, or wider for the first labels.'),
+]
 IgnoreEmpty = Annotated[
     bool, typer.Option("--ignore-empty-slices", help="Slices without any label are unlabelled, not empty.")
 ]
@@ -54,6 +60,7 @@ def learn(
     device: Device = "cpu",
     ignore_empty_slices: IgnoreEmpty = False,
     fresh: Fresh = False,
+    ct_window: CTWindow = None,
     cache_dir: CacheDir = None,
     json: Json = None,
 ) -> None:
@@ -62,7 +69,7 @@ def learn(
 
     started = time.perf_counter()
     with cancel_on_interrupt() as cancel:
-        segmenter = open_segmenter(model, backbone, image_size, device, cache_dir, fresh)
+        segmenter = open_segmenter(model, backbone, image_size, device, cache_dir, fresh, ct_window)
         result = learn_cases(segmenter, images, labels, model, _names(cases), structures, ignore_empty_slices, cancel)
     result |= {"seconds": round(time.perf_counter() - started, 2), "peak_memory_gb": round(peak_memory_gb(), 2)}
     names = ", ".join(f"{value}={name}" for value, name in result["structures"].items())
@@ -89,6 +96,7 @@ def train(
     device: Device = "cpu",
     ignore_empty_slices: IgnoreEmpty = False,
     fresh: Fresh = False,
+    ct_window: CTWindow = None,
     cache_dir: CacheDir = None,
     minutes: Annotated[float, typer.Option(help="Time limit of the training.")] = 5.0,
     epochs: Annotated[int | None, typer.Option(help="Limit in epochs of 10 steps, if that comes first.")] = None,
@@ -105,14 +113,16 @@ def train(
     settings = TrainingSettings(minutes=minutes, epochs=epochs, seed=seed)
     started = time.perf_counter()
     with cancel_on_interrupt() as cancel:
-        segmenter = open_segmenter(model, backbone, image_size, device, cache_dir, fresh)
+        segmenter = open_segmenter(model, backbone, image_size, device, cache_dir, fresh, ct_window)
         result = learn_cases(segmenter, images, labels, model, _names(cases), structures, ignore_empty_slices, cancel)
+        unet = segmenter.unet
         trained = train_cases(segmenter, images, labels, model, result["cases"], settings, ignore_empty_slices, cancel)
     result |= {
         "epochs": len(trained.reports),
         "losses": [round(report.loss, 4) for report in trained.reports],
         "held_out_dice": {"before": trained.dice_before, "after": trained.dice_after},
         "improved": trained.improved,
+        "unet": segmenter.unet is not None,
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_gb": round(peak_memory_gb(), 2),
     }
@@ -120,6 +130,12 @@ def train(
     if trained.dice_before is not None:
         kept = "kept" if trained.improved else "no better, so the parameters stay as they were"
         out.print(f"Dice of held-out labelled slices {trained.dice_before:.3f} -> {trained.dice_after:.3f}: {kept}.")
+    if segmenter.unet is None:
+        err.print(
+            "No 3D U-Net is part of the model: it did not help on held-out slices, or a volume is too large for it."
+        )
+    elif unet is not None and segmenter.unet is not unet:
+        err.print("A new 3D U-Net, fitted to these cases, takes the place of the one before; they were not compared.")
     out.print(f"Model: {model}")
     write_json(json, result)
 
@@ -127,7 +143,10 @@ def train(
 @app.command()
 def segment(
     model: Model,
-    image: Annotated[list[Path], typer.Option(help="Image file, DICOM series or frame folder; may be repeated.")],
+    image: Annotated[
+        list[Path],
+        typer.Option(help="Image file, DICOM series, frame folder, or a folder of such images; may be repeated."),
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the label maps.")],
     resume: Annotated[bool, typer.Option("--resume", help="Skip images whose label map is there already.")] = False,
     device: Device = "cpu",
@@ -151,6 +170,8 @@ def evaluate(
     cases: Cases = None,
     structures: Structures = None,
     metrics: Annotated[str, typer.Option(help="Any of dice, hd95, surface_dice, separated by commas.")] = "dice",
+    tolerance: Annotated[float, typer.Option(help="Distance up to which surfaces agree in surface Dice, mm.")] = 1.0,
+    ignore_empty_slices: IgnoreEmpty = False,
     json: Json = None,
 ) -> None:
     """Score label maps against references."""
@@ -159,8 +180,23 @@ def evaluate(
     from ofl_sam2.evaluation import evaluate_folders
 
     names = parse_structures(structures) if structures else None
-    report = evaluate_folders(predictions, labels, _names(cases), tuple(_names(metrics) or ()), names)
-    out.print(report.table())
+    report = evaluate_folders(
+        predictions,
+        labels,
+        _names(cases),
+        tuple(_names(metrics) or ()),
+        names,
+        tolerance=tolerance,
+        ignore_empty_slices=ignore_empty_slices,
+    )
+    print_whole(report.table())
+    if report.not_predicted:
+        err.print(f"Without a prediction, and in no mean: {', '.join(report.not_predicted)}.")
+    if report.not_scored:
+        values = ", ".join(map(str, report.not_scored))
+        err.print(
+            f"Predictions also hold {values}, which is not scored: no reference has it, or --structures does not."
+        )
     if json is not None:
         atomic_write_text(json, report.to_json())
 
@@ -230,9 +266,11 @@ def weights_list() -> None:
     from ofl_sam2.backbone.load import NANO_WEIGHTS
     from ofl_sam2.backbone.weights import CATALOGUE, weights_path
 
-    rows = [("nano", NANO_WEIGHTS), *((name, weights_path(name)) for name in CATALOGUE)]
-    for name, path in rows:
-        out.print(f"{name:24s} {'present' if path.is_file() else 'absent '} {path}")
+    out.print(f"{'nano':24s} present {NANO_WEIGHTS}")
+    for name, entry in CATALOGUE.items():
+        path = weights_path(name)
+        here = path.is_file() and path.stat().st_size == entry.size
+        out.print(f"{name:24s} {'present' if here else 'absent '} {path}")
 
 
 @weights_app.command("fetch")

@@ -12,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 from tqdm import tqdm
 
 from ofl_sam2.atomic import atomic_write_text
@@ -20,6 +22,7 @@ from ofl_sam2.progress import CancelToken, Progress
 out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 err = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=True)
 _LINE_SECONDS = 10.0
+_MOST_COLUMNS = 10_000
 
 
 @contextmanager
@@ -66,6 +69,12 @@ def cancel_on_interrupt() -> Iterator[CancelToken]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def print_whole(table: Table) -> None:
+    """Print a table with all it says, be it wider than the terminal."""
+    wanted = Measurement.get(out, out.options.update(max_width=_MOST_COLUMNS), table).maximum
+    Console(file=out.file, width=max(out.width, wanted), highlight=False, markup=False, emoji=False).print(table)
 
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:

@@ -101,7 +101,7 @@ def load_case(case: Case, *, ignore_empty_slices: bool = False) -> LabelledCase:
         raise InputError(f"{case.image} has no label to learn from. Add one named '{case.name}'.")
     volume = read_volume(case.image)
     label_volume = read_labels(case.label, volume)
-    labels = _in_grid_of(label_volume, volume)
+    labels = in_grid_of(label_volume, volume)
     values = tuple(int(value) for value in np.unique(labels) if value)
     if not values:
         raise InputError(f"{case.label} is empty: it holds no structure. Draw one, or leave the case out.")
@@ -167,18 +167,26 @@ def _missing(names: Iterable[str], among: Iterable[str]) -> str:
     return ", ".join(sorted(set(names) - set(among), key=natural_key))
 
 
-def _in_grid_of(labels: Volume, volume: Volume) -> NDArray[np.unsignedinteger[Any]]:
-    """Return the label voxels in the axis order of `volume`; a view's copy only where the orders differ."""
+def in_grid_of(labels: Volume, volume: Volume) -> NDArray[np.unsignedinteger[Any]]:
+    """The label voxels in the axis order of `volume`, copied only where the orders differ.
+
+    Raises:
+        InputError: the grids differ.
+    """
     if labels.voxels.shape == volume.grid and (volume.frames or same_place(labels.affine, volume.affine)):
         return labels.voxels
     view = labels.in_order(labels.voxels)
     arranged = np.zeros(volume.grid, labels.voxels.dtype)
     target = volume.in_order(arranged)
     if volume.frames or view.shape != target.shape:
-        raise InputError(
-            f"{labels.path} has shape {_oriented_shape(labels)}, but {volume.path} has {_oriented_shape(volume)}. "
-            "Resample the label to the image's grid with nearest-neighbour interpolation."
+        sequence = len(volume.grid) == 4 and len(labels.grid) == 3
+        advice = (
+            "Four dimensions are read as a sequence in time: label each time, or save channels as single images."
+            if sequence
+            else "Resample the label to the image's grid with nearest-neighbour interpolation."
         )
+        shapes = f"{_oriented_shape(labels)}, but {volume.path} has {_oriented_shape(volume)}"
+        raise InputError(f"{labels.path} has shape {shapes}. {advice}")
     if not same_place(_canonical_affine(labels), _canonical_affine(volume)):
         raise InputError(
             f"{labels.path} and {volume.path} have the same shape but lie in different places in space. "

@@ -16,11 +16,12 @@ from ofl_sam2.files import read_labels
 from ofl_sam2.jobs import check_all_segmented, learn_cases, open_segmenter, segment_images, train_cases
 from ofl_sam2.overlay import Overlay, case_overlay, summary_figure
 from ofl_sam2.progress import CancelToken
-from ofl_sam2.store import is_model, read_index
+from ofl_sam2.store import is_model
 from ofl_sam2.training.cohort import STRUCTURES, write_cohort
 from ofl_sam2.training.settings import TrainingSettings
 
 SHOTS = 2
+_MADE = "demo.json"
 _SYNTHETIC_CASES = 8
 _MOST_CASES = 20
 
@@ -139,16 +140,18 @@ def _download(root: Path) -> Path:
 
 
 def _learned(model: Path, data: DemoData, minutes: float) -> bool:
-    """Whether the model was learned, and trained if wanted, on these cases."""
-    if not is_model(model):
-        return False
-    index = read_index(model)
-    learned = {stored.case for stored in index.pool} == set(data.shots)
-    return learned and (minutes == 0 or index.notes.get("trained_on") == list(data.shots))
+    """Whether the model was learned, and trained for as long, on these cases."""
+    made = model / _MADE
+    return is_model(model) and made.is_file() and json.loads(made.read_text()) == _recipe(data, minutes)
+
+
+def _recipe(data: DemoData, minutes: float) -> dict[str, Any]:
+    return {"data": data.title, "learned_from": list(data.shots), "training_minutes": minutes}
 
 
 def _forget(output: Path, data: DemoData) -> None:
     """Remove the results of an earlier model, which would count as done."""
+    (output / "model" / _MADE).unlink(missing_ok=True)
     for name in data.others:
         (output / "labels" / f"{name}.nii.gz").unlink(missing_ok=True)
     (output / "report.json").unlink(missing_ok=True)
@@ -162,6 +165,7 @@ def _learn(model: Path, data: DemoData, minutes: float, cancel: CancelToken) -> 
     if minutes > 0:
         out.print(f"Training for {minutes:g} minutes.")
         train_cases(segmenter, *places, data.shots, TrainingSettings(minutes=minutes), False, cancel)
+    write_json(model / _MADE, _recipe(data, minutes))
 
 
 def _overlay(data: DemoData, labels: Path, name: str) -> Overlay:
@@ -187,9 +191,7 @@ def _write_report(output: Path, data: DemoData, report: Report, timings: dict[st
         output / "report.json",
         {
             "version": __version__,
-            "data": data.title,
-            "learned_from": list(data.shots),
-            "training_minutes": minutes,
+            **_recipe(data, minutes),
             "scores": json.loads(report.to_json()),
             "segmentation": timings,
             "peak_memory_gb": round(peak_memory_gb(), 3),

@@ -15,6 +15,7 @@ from ofl_sam2.volume import Volume
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+_PIXELS = ("RescaleSlope", "RescaleIntercept", "PixelRepresentation", "BitsStored")
 _GRID_TOLERANCE = 0.15
 _CONVERT = "Convert the series with dcm2niix and use the NIfTI file."
 
@@ -31,8 +32,8 @@ def read_series(folder: Path) -> Volume:
     Localisers and objects that are no images are passed over.
 
     Raises:
-        InputError: no series, two series of the same size, missing or repeated slices, uneven geometry, or pixels
-            that cannot be decoded.
+        InputError: no series, several studies, two series of the same size, missing or repeated slices, uneven
+            geometry, or pixels that cannot be decoded.
     """
     series, affine = _stack(folder)
     return Volume(_read_pixels(folder, series), affine, folder.name, path=folder)
@@ -69,6 +70,9 @@ def _largest_series(folder: Path) -> list[FileDataset]:
             groups[header.get("SeriesInstanceUID", "")].append(header)
     if not groups:
         raise InputError(f"{folder} holds a localiser only. Export the series with the image slices.")
+    studies = {(header.get("PatientID", ""), header.get("StudyInstanceUID", "")) for header in images}
+    if len(studies) > 1:
+        raise InputError(f"{folder} holds DICOM series of {len(studies)} studies. Give the folder of one of them.")
     size = max(map(len, groups.values()))
     largest = [series for series in groups.values() if len(series) == size]
     if len(largest) > 1:
@@ -141,11 +145,11 @@ def _check_regular(
 
 
 def _read_pixels(folder: Path, series: Sequence[FileDataset]) -> NDArray[np.generic]:
-    """Voxels `(X, Y, Z)` in the order of `series`; float32 where a rescale is not integer."""
+    """Voxels `(X, Y, Z)` in the order of `series`; float32 unless all slices share one rescale to integers."""
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(header.filename) for header in series])
-    rescale = [float(h.get(tag) or 0) for h in series for tag in ("RescaleSlope", "RescaleIntercept")]
-    if not all(value.is_integer() for value in rescale):
+    kinds = {tuple(float(header.get(tag) or 0) for tag in _PIXELS) for header in series}
+    if len(kinds) > 1 or not all(value.is_integer() for value in next(iter(kinds))):
         reader.SetOutputPixelType(sitk.sitkFloat32)
     try:
         return sitk.GetArrayFromImage(reader.Execute()).transpose()

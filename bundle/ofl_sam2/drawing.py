@@ -36,7 +36,7 @@ class Drawing:
     def __init__(self, segmenter: "VolumeSegmenter", viewpoint: Viewpoint, volume: Volume, watch: Watch) -> None:
         self.segmenter, self.viewpoint, self.volume, self.watch = segmenter, viewpoint, volume, watch
         self.values = tuple(segmenter.structures)
-        self.grey = intensity_for(volume)
+        self.grey = intensity_for(volume, segmenter.settings.ct_window)
         self.main = viewpoint.stack(volume)
         self.confidence = torch.zeros(len(self.main), len(self.values))
         self.quality = Quality(len(self.values))

@@ -17,10 +17,10 @@ import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from rich.table import Table
 
-from ofl_sam2.dataset import default_structures, find_cases, same_place
+from ofl_sam2.dataset import default_structures, find_cases, in_grid_of
 from ofl_sam2.errors import InputError
 from ofl_sam2.files import read_labels
-from ofl_sam2.volume import Volume
+from ofl_sam2.volume import SliceStack, Volume, choose_axis
 
 METRICS: Mapping[str, str] = {"dice": "Dice", "hd95": "HD95 (mm)", "surface_dice": "surface Dice"}
 
@@ -162,10 +162,21 @@ class CaseScore:
 
 @dataclass(frozen=True)
 class Report:
-    """The scores of several cases on the same structures and metrics."""
+    """The scores of several cases on the same structures and metrics.
+
+    Attributes:
+        cases: one entry a case.
+        empty: what Dice is where the reference is empty.
+        tolerance: of surface Dice, mm.
+        not_predicted: cases with a reference and no prediction, which are in no mean.
+        not_scored: label values in predictions that are no structure here.
+    """
 
     cases: tuple[CaseScore, ...]
     empty: EmptyConvention = EmptyConvention.STANDARD
+    tolerance: float = 1.0
+    not_predicted: tuple[str, ...] = ()
+    not_scored: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.cases:
@@ -200,6 +211,9 @@ class Report:
         """Everything above as JSON text; NaN becomes null."""
         content = {
             "empty_convention": self.empty.value,
+            "surface_dice_tolerance_mm": self.tolerance,
+            "not_predicted": self.not_predicted,
+            "not_scored": self.not_scored,
             "cases": {case.case: case.scores for case in self.cases},
             "mean_per_structure": self.mean_per_structure(),
             "mean": self.mean(),
@@ -232,17 +246,20 @@ def evaluate_folders(
     structures: Mapping[int, str] | None = None,
     empty: EmptyConvention = EmptyConvention.STANDARD,
     tolerance: float = 1.0,
+    ignore_empty_slices: bool = False,
 ) -> Report:
     """Score every label file in `predictions` against the one of the same case name in `labels`.
 
     Args:
         predictions: folder of label volumes and frame folders.
-        labels: folder with a reference for each of them; further references are ignored.
+        labels: folder with a reference for each of them; the report names further references.
         cases: names of the cases to score; None scores every prediction.
         metrics: see `score`; cine and frame sequences allow "dice" only, over all frames that have a reference.
         structures: {label value: name}; None takes the values that occur in the references.
         empty: what Dice is where the reference is empty.
         tolerance: of surface Dice, mm.
+        ignore_empty_slices: slices whose reference holds no structure were not drawn, so what is predicted there does
+            not count; they are taken along the axis with the thickest slices.
 
     Raises:
         InputError: a case without a pair, two files of one case, different grids, or distances of frames.
@@ -251,18 +268,29 @@ def evaluate_folders(
     if structures is None:
         found = {int(value) for _, reference in pairs.values() for value in np.unique(read_labels(reference).voxels)}
         structures = default_structures(sorted(found - {0}))
-    scored = []
+    scored, others = [], set[int]()
     for case, paths in pairs.items():
         prediction = read_labels(paths[0])
         reference = read_labels(paths[1], prediction if prediction.frames else None)
-        _check_grid(prediction, reference)
+        expected = in_grid_of(reference, prediction)
         if reference.frames and set(metrics) != {"dice"}:
             raise InputError(f"{reference.path} holds frames, which have no size in mm. Score them by 'dice' alone.")
-        arrays = prediction.voxels, reference.voxels
+        predicted = _without_undrawn(prediction, expected) if ignore_empty_slices else prediction.voxels
+        others |= set(np.unique(predicted).tolist()) - {0, *structures}
         frames = None if reference.labelled is None else (2, reference.labelled)
-        scores = score(*arrays, reference.spacing, structures, metrics, frames, empty, tolerance)
+        scores = score(predicted, expected, prediction.spacing, structures, metrics, frames, empty, tolerance)
         scored.append(CaseScore(case, scores))
-    return Report(tuple(scored), empty)
+    missing = () if cases is not None else tuple(c.name for c in find_cases(labels) if c.name not in pairs)
+    return Report(tuple(scored), empty, tolerance, missing, tuple(sorted(others)))
+
+
+def _without_undrawn(prediction: Volume, expected: np.ndarray) -> np.ndarray:
+    """The predicted labels without the slices in which nothing is expected."""
+    stack, predicted = SliceStack(prediction, choose_axis(prediction), 32), prediction.voxels.copy()
+    for index in range(len(stack)):
+        if not stack.slice_of(expected, index).any():
+            stack.slice_of(predicted, index)[...] = 0
+    return predicted
 
 
 def _pair(predictions: Path, labels: Path, cases: Sequence[str] | None) -> dict[str, tuple[Path, Path]]:
@@ -273,15 +301,6 @@ def _pair(predictions: Path, labels: Path, cases: Sequence[str] | None) -> dict[
     if missing:
         raise InputError(f"{labels} holds no reference for {', '.join(missing)}. Add them or name the cases to score.")
     return {case.name: (case.image, references[case.name]) for case in chosen}
-
-
-def _check_grid(prediction: Volume, reference: Volume) -> None:
-    same_shape = prediction.voxels.shape == reference.voxels.shape
-    if not (same_shape and same_place(prediction.affine, reference.affine)):
-        raise InputError(
-            f"{prediction.path} {prediction.voxels.shape} and {reference.path} {reference.voxels.shape} lie on "
-            "different grids (shape, spacing, orientation or origin); resample the prediction to the reference."
-        )
 
 
 def _mean(values: Iterable[float]) -> float:

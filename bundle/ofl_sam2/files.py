@@ -25,9 +25,13 @@ _NIFTI_SUFFIXES = (".nii.gz", ".nii")
 IMAGE_SUFFIXES = (*_NIFTI_SUFFIXES, ".nrrd", ".mha", ".mhd")
 _WRITE_SUFFIXES = (*_NIFTI_SUFFIXES, ".nrrd", ".mha")
 _MAX_LABEL = np.iinfo(np.uint32).max
+_ROUNDING = 0.01
 _MOST_HEADER = 1 << 20
+_MOST_MOVED = 0.1
+_META_FIELD = re.compile(rb"ElementDataFile", re.IGNORECASE)
 _META_DATA = re.compile(rb"^[ \t]*ElementDataFile[ \t]*=[ \t]*(.*)", re.MULTILINE | re.IGNORECASE)
 _NRRD_DATA = re.compile(rb"^data ?file[ \t]*:[ \t]*(.*)", re.MULTILINE | re.IGNORECASE)
+_CONTROL = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]")
 _READ_ERRORS = (
     OSError,
     EOFError,
@@ -72,7 +76,7 @@ def is_sequence(path: Path) -> bool:
     """Whether `path` is a folder of frames; beside DICOM files they are previews."""
     if not path.is_dir() or not frame_files(path):
         return False
-    return not any(file.is_file() and is_dicom(file) for file in path.iterdir())
+    return not any(file.is_file() and is_dicom(file) for file in path.rglob("*"))
 
 
 def read_volume(path: Path | str) -> Volume:
@@ -93,6 +97,8 @@ def read_volume(path: Path | str) -> Volume:
 def read_labels(path: Path | str, volume: Volume | None = None) -> Volume:
     """Read a label map in its own grid, with the smallest unsigned integer type that holds it.
 
+    Values that are off by less than 0.01, as scale factors and resampling leave them, are rounded.
+
     Args:
         path: image file, or folder of PNG masks.
         volume: the frames that PNG masks belong to; then `labelled` of the result tells which have a mask.
@@ -106,16 +112,17 @@ def read_labels(path: Path | str, volume: Volume | None = None) -> Volume:
     else:
         labels = read_volume(path)
     low, high = labels.voxels.min(), labels.voxels.max()
-    if low < 0 or high > _MAX_LABEL:
+    if low < -_ROUNDING or high > _MAX_LABEL:
         raise InputError(f"{path} holds values from {low:g} to {high:g}. Labels are integers from 0. Is it an image?")
-    voxels = labels.voxels.astype(np.min_scalar_type(int(high)))
-    if not np.array_equal(voxels, labels.voxels):
-        fraction = labels.voxels[voxels != labels.voxels].flat[0]
+    fractional = labels.voxels.dtype.kind == "f"
+    whole = np.rint(labels.voxels) if fractional else labels.voxels
+    if fractional and (off := np.abs(labels.voxels - whole)).max() > _ROUNDING:
+        fraction = labels.voxels.flat[int(off.argmax())]
         raise InputError(
             f"{path} holds fractional labels such as {fraction:g}. Labels are integers from 0. "
             "Resample labels with nearest-neighbour interpolation."
         )
-    return dataclasses.replace(labels, voxels=voxels)
+    return dataclasses.replace(labels, voxels=whole.astype(np.min_scalar_type(int(whole.max()))))
 
 
 def write_labels(path: Path | str, labels: NDArray[Any], like: Volume) -> None:
@@ -212,18 +219,24 @@ def data_files(path: Path) -> list[str]:
     """Other files that the header of a MetaImage or NRRD file names as holding its voxels; none if it holds them.
 
     Raises:
-        InputError: there is no such header.
+        InputError: there is no such header, or one that ITK might read in another way.
     """
     nrrd = image_suffix(path).lower() == ".nrrd"
     with path.open("rb") as file:
-        head = file.read(_MOST_HEADER).replace(b"\r\n", b"\n")
+        head = file.read(_MOST_HEADER + 1)
+    whole, head = len(head) <= _MOST_HEADER, head.replace(b"\r\n", b"\n")
     if nrrd:
         head, end, _ = head.partition(b"\n\n")
-    found = (_NRRD_DATA if nrrd else _META_DATA).search(head)
-    if found is None and not (nrrd and end):
-        raise InputError(f"Cannot read {path}: its header does not say where its voxels are. Export it again.")
+        found, count = _NRRD_DATA.search(head), len(_NRRD_DATA.findall(head))
+        clear, header = count < 2 and bool(end or (count and whole)), head
+    else:
+        field, found = _META_FIELD.search(head), _META_DATA.search(head)
+        clear = field is not None and found is not None and found.start() <= field.start() < found.start(1)
+        header = head[: found.end()] if found else head
     first, *others = head[found.start(1) :].split(b"\n") if found else [b"LOCAL"]
     names = others if first.startswith(b"LIST") else [] if first.strip().upper() == b"LOCAL" else [first]
+    if not clear or any(map(_CONTROL.search, (header, *names))):
+        raise InputError(f"Cannot read {path}: its header does not say where its voxels are. Export it again.")
     return [os.fsdecode(name.strip().replace(b"\\", b"/")) for name in names if name.strip()]
 
 
@@ -244,12 +257,28 @@ def _to_nifti(labels: NDArray[Any], like: Volume) -> nib.Nifti1Image:
     image.header["cal_min"] = image.header["cal_max"] = 0
     if like.header is None:
         image.header.set_xyzt_units("mm", "sec" if labels.ndim == 4 else "unknown")
-        image.set_sform(like.affine, code="scanner")
-        try:
-            image.set_qform(like.affine, code="scanner", strip_shears=False)
-        except HeaderDataError:  # a tilted gantry: only the sform can hold the shear
-            image.set_qform(None, code="unknown")
+        _place(image, like.affine)
     return image
+
+
+def nifti_image(volume: Volume, voxels: NDArray[Any]) -> nib.Nifti1Image:
+    """Voxels in the grid of a volume as NIfTI, which other programs read at the same place."""
+    image = nib.Nifti1Image(voxels, volume.affine)
+    _place(image, volume.affine)
+    return image
+
+
+def _place(image: nib.Nifti1Image, affine: NDArray[np.float64]) -> None:
+    """Set sform and qform. ITK takes no sform with a shear, be it of rounding; then it asks for the qform.
+
+    The gantry may be tilted: a qform cannot hold that, so it is left out.
+    """
+    image.set_sform(affine, code="scanner")
+    image.set_qform(affine, code="scanner", strip_shears=True)
+    corner = np.array(image.shape[:3]) / 2
+    moved = np.linalg.norm((image.get_qform() - affine)[:3, :3] * corner, axis=0).sum()
+    if moved > _MOST_MOVED * min(image.header.get_zooms()[:3]):
+        image.set_qform(None, code="unknown")
 
 
 def _write_itk(path: Path, labels: NDArray[Any], like: Volume) -> None:

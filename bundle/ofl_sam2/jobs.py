@@ -17,12 +17,14 @@ from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.console import err, progress
 from ofl_sam2.dataset import Case, LabelledCase, find_cases, load_case, parse_structures
 from ofl_sam2.errors import InputError, ModelError
-from ofl_sam2.files import case_name, image_suffix, is_sequence, read_volume, write_labels
+from ofl_sam2.files import case_name, image_suffix, is_image, is_sequence, read_volume, write_labels
+from ofl_sam2.intensity import parse_window
 from ofl_sam2.learner.few_shot import FewShotLearner
 from ofl_sam2.learner.load import learner_bytes, shipped_learner
 from ofl_sam2.memory.cache import FeatureCache
 from ofl_sam2.progress import CancelToken, Progress
 from ofl_sam2.segmenter import VolumeSegmenter
+from ofl_sam2.settings import Settings
 from ofl_sam2.store import is_model, load_model, read_index, save_model
 from ofl_sam2.training.pretraining import PretrainingState, pretrain
 from ofl_sam2.training.settings import TrainingResult, TrainingSettings
@@ -47,6 +49,7 @@ def open_segmenter(
     device: str = "cpu",
     cache_dir: Path | None = None,
     fresh: bool = False,
+    ct_window: str | None = None,
 ) -> VolumeSegmenter:
     """The saved model of a folder, or a new one.
 
@@ -57,13 +60,16 @@ def open_segmenter(
         device: "cpu" or "cuda".
         cache_dir: see `default_cache`.
         fresh: start anew even if the folder holds a model.
+        ct_window: lowest and highest HU, such as "-1000,400"; default that of the saved model, by the first labels for
+            a new one.
 
     Raises:
-        ModelError: the folder holds a damaged model, or one of another backbone or input size.
-        InputError: unknown backbone, impossible size or device.
+        ModelError: the folder holds a damaged model, or one of another backbone, input size or window.
+        InputError: unknown backbone, impossible size, window or device.
         WeightsError: the backbone's weights are not here.
     """
     check_device(device)
+    window = parse_window(ct_window) if ct_window else None
     cache = default_cache(cache_dir)
     if is_model(model) and not fresh:
         saved = read_index(model)
@@ -73,10 +79,16 @@ def open_segmenter(
                 f"{model} was learned with {saved.backbone} at {saved.image_size} pixels, not with {wanted[0]} at "
                 f"{wanted[1]}. Choose another --model folder, or give --fresh to replace it."
             )
+        if window and window != saved.settings.ct_window:
+            raise ModelError(
+                f"{model} was learned with the CT window {saved.settings.ct_window}, not with {window}. "
+                "Choose another --model folder, or give --fresh to replace it."
+            )
         return load_model(model, device, cache)
     name = backbone or DEFAULT_BACKBONE
     frozen = load_backbone(name, image_size, device)
-    return VolumeSegmenter(frozen, shipped_learner(name, frozen.width).to(device), cache=cache)
+    settings = Settings(ct_window=window)
+    return VolumeSegmenter(frozen, shipped_learner(name, frozen.width).to(device), settings, cache)
 
 
 def check_device(device: str) -> None:
@@ -307,10 +319,17 @@ def _counted(cases: Iterator[LabelledCase], total: int, done: Progress) -> Itera
         done(number + 1, total)
 
 
+def _images_of(path: Path) -> list[Path]:
+    """The image itself, or those in a folder that is none."""
+    if path.is_dir() and any(path.iterdir()) and not is_image(path):
+        return [case.image for case in find_cases(path)]
+    return [path]
+
+
 def _targets(images: Sequence[Path], output: Path) -> dict[str, tuple[Path, Path]]:
     """Case name -> image and the file its label map goes to."""
     targets: dict[str, tuple[Path, Path]] = {}
-    for image in images:
+    for image in (one for path in images for one in _images_of(path)):
         absolute = Path(os.path.abspath(image))  # gives "." and ".." a name, and keeps that of a link
         name = case_name(absolute)
         if name in targets:

@@ -44,7 +44,7 @@ class Viewpoint:
         axis: canonical axis of the main slices, fixed by the first labelled case.
         through_plane: that case had thick slices; then every volume of thick slices is cut along its own.
         size: side of the network's input in pixels.
-        settings: whether there are side views and close-ups.
+        settings: whether there are side views and close-ups, and the window for CT.
     """
 
     axis: int
@@ -64,7 +64,7 @@ class Viewpoint:
 
     def stack(self, volume: Volume) -> SliceStack:
         """The main slices of a whole volume."""
-        return SliceStack(volume, self.main_axis(volume), self.size)
+        return SliceStack(volume, self.main_axis(volume), self.size, ct_window=self.settings.ct_window)
 
     def labelled_slices(self, case: LabelledCase) -> tuple[int, ...]:
         """The main slices of a case that count as labelled."""
@@ -85,7 +85,7 @@ class Viewpoint:
 
     def looks(self, case: LabelledCase) -> Iterator[Look]:
         """Every look at a labelled case, the main one first. Side views need a label on every slice."""
-        case, grey = self._seen(case), intensity_for(case.volume)
+        case, grey = self._seen(case), intensity_for(case.volume, self.settings.ct_window)
         yield from self._looks(case, grey, None, ())
         if self.settings.close_ups:
             masks = ((value, case.labels == value) for value in case.values)

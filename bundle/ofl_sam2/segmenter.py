@@ -15,6 +15,7 @@ from ofl_sam2.backbone.weights import state_hash
 from ofl_sam2.dataset import LabelledCase, default_structures
 from ofl_sam2.drawing import Drawing
 from ofl_sam2.errors import InputError
+from ofl_sam2.intensity import window_for
 from ofl_sam2.learner.few_shot import FewShotLearner
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.looks import Look, Viewpoint
@@ -109,23 +110,26 @@ class VolumeSegmenter:
 
         Args:
             cases: labelled volumes; a case learned before under the same name is replaced.
-            structures: label value -> name of what to learn; default every value that occurs.
+            structures: label value -> name of what to learn, beside what was learned before; default every value that
+                occurs.
             progress: called after each encoded batch of slices with how many are done and how many are known of.
             cancel: to stop; then nothing is changed.
 
         Raises:
-            InputError: no case, or a structure that no label holds.
+            InputError: no case, a structure that no label holds, or one that was learned under another name.
             Cancelled: stopped by `cancel`.
         """
-        pools, viewpoint = dict(self.pools), self.viewpoint
+        pools, viewpoint, settings = dict(self.pools), self.viewpoint, self.settings
         watch = Watch(progress, cancel)
         for case in cases:
-            viewpoint = viewpoint or Viewpoint.of(case.volume, self.backbone.image_size, self.settings)
+            if viewpoint is None:
+                settings = replace(settings, ct_window=settings.ct_window or window_for(case.volume, case.labels))
+                viewpoint = Viewpoint.of(case.volume, self.backbone.image_size, settings)
             pools = {view: pool.without({case.volume.name}) for view, pool in pools.items()}
             for look in viewpoint.looks(case):
                 pools.setdefault(look.view, SupportPool()).add(self._pooled(case, look, watch))
         names = self._checked_names(pools.get(MAIN, SupportPool()), structures)
-        self.pools, self.viewpoint, self.structures = pools, viewpoint, names
+        self.pools, self.viewpoint, self.structures, self.settings = pools, viewpoint, names, settings
         self.solve()
 
     def forget(self, names: Iterable[str]) -> None:
@@ -243,7 +247,15 @@ class VolumeSegmenter:
         if structures is None:
             names = {value: self.structures.get(value, name) for value, name in default_structures(found).items()}
         else:
-            names = structures
+            before = {value: name for value, name in self.structures.items() if value in found}
+            names = {**before, **structures}
+            own = {value: name for value, name in before.items() if name not in default_structures([value]).values()}
+            changed = [f"{value} is {name}, not {names[value]}" for value, name in own.items() if names[value] != name]
+            if changed:
+                raise InputError(
+                    f"The value {'; '.join(changed)} in this model. Give the structures the names that they have, or "
+                    "start anew with --fresh."
+                )
         absent = [f"{value}={name}" for value, name in names.items() if value not in found]
         if absent or not names:
             wanted, held = ", ".join(absent) or "a structure", ", ".join(map(str, found)) or "none"

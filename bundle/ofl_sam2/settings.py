@@ -61,6 +61,8 @@ class Settings:
             finest voxel spacing.
         threshold: probability from which a voxel is drawn. The highest Dice D is expected at D / 2 (Lipton et al.,
             ECML 2014), which is 0.35 for 0.7.
+        ct_window: lowest and highest HU of CT that the model can tell apart; None until the first CT is learned, which
+            fixes it (`intensity.window_for`).
 
     Raises:
         InputError: a value of another type, or out of range.
@@ -90,13 +92,17 @@ class Settings:
     close_ups: bool = True
     smoothing: float = 0.8
     threshold: float = 0.35
+    ct_window: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.order not in tuple(Order):
             raise InputError(f"order is {self.order!r}; choose {' or '.join(order.value for order in Order)}.")
         object.__setattr__(self, "order", Order(self.order))
         for field in fields(self):
-            _check(field.name, getattr(self, field.name), type(field.default))
+            if field.name != "ct_window":
+                _check(field.name, getattr(self, field.name), type(field.default))
+        if self.ct_window is not None:
+            object.__setattr__(self, "ct_window", _window(self.ct_window))
         if not max(self.memory_supports, self.absent_supports + 1) <= self.supports:
             raise InputError(
                 f"supports is {self.supports}; it must be at least memory_supports ({self.memory_supports}) "
@@ -123,6 +129,16 @@ class Settings:
             known = ", ".join(field.name for field in fields(cls))
             raise InputError(f"Unknown settings: {', '.join(unknown)}. Known: {known}.")
         return cls(**values)
+
+
+def _window(limits: Any) -> tuple[float, float]:
+    try:
+        low, high = map(float, limits)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise InputError(f"ct_window is {limits!r}; it must be two ascending numbers.")
+    return low, high
 
 
 def _check(name: str, value: Any, kind: type) -> None:

@@ -178,7 +178,7 @@ def load_model(
     folder: Path,
     device: str = "cpu",
     cache: FeatureCache | None = None,
-    backbone: SAM2Backbone | None = None,
+    like: VolumeSegmenter | None = None,
     **changes: Any,
 ) -> VolumeSegmenter:
     """Read a saved model.
@@ -187,7 +187,7 @@ def load_model(
         folder: written by `save_model`.
         device: "cpu" or "cuda".
         cache: frozen features by content.
-        backbone: one that is loaded on the device already, taken if it is that of the model.
+        like: a model on the device; backbone and cases that are the same are taken from it.
         changes: settings that differ from the saved ones.
 
     Raises:
@@ -197,6 +197,7 @@ def load_model(
     """
     index = read_index(folder)
     settings = Settings.from_dict({**index.settings.to_dict(), **changes})
+    backbone = like.backbone if like else None
     try:
         if backbone is None or (backbone.config.name, backbone.image_size) != (index.backbone, index.image_size):
             backbone = load_backbone(index.backbone, index.image_size, device)
@@ -213,8 +214,11 @@ def load_model(
             f"{folder} was learned with other weights of {index.backbone} than the ones installed. "
             "Install those weights, or learn again with --fresh."
         )
+    read = {case.sha256: case for pool in (like.pools.values() if like else ()) for case in pool.cases.values()}
     for stored in index.pool:
-        case = _read_case(folder, stored, backbone)
+        case = read.get(stored.sha256)
+        if case is None or _described(case) != _described(stored):
+            case = _read_case(folder, stored, backbone)
         segmenter.pools.setdefault(case.view, SupportPool()).add(case)
     segmenter.viewpoint = Viewpoint(index.axis, index.through_plane, backbone.image_size, settings)
     segmenter.structures = dict(sorted(index.structures.items()))
@@ -281,22 +285,42 @@ def _checked(folder: Path, stored: StoredFile) -> Path:
 def _write_named(folder: Path, kind: str, content: bytes, reuse: Path | None) -> StoredFile:
     """Write a file under a name made of its content, or link it from `reuse`, unless it is there already."""
     digest = hashlib.sha256(content).hexdigest()
-    target = folder / f"{kind}-{digest[:16]}.safetensors"
+    stored = _linked(folder, kind, digest, reuse)
+    if stored is None or sha256_of(folder / stored.file) != digest:
+        stored = StoredFile(_file_name(kind, digest), digest)
+        with atomic_path(folder / stored.file) as temporary:
+            temporary.write_bytes(content)
+    return stored
+
+
+def _linked(folder: Path, kind: str, digest: str, reuse: Path | None) -> StoredFile | None:
+    """The file of this content if it is in `folder`, or can be linked there from `reuse`."""
+    target = folder / _file_name(kind, digest)
     if reuse is not None and not target.is_file():
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             os.link(reuse / target.name, target)
-    if not target.is_file() or sha256_of(target) != digest:
-        with atomic_path(target) as temporary:
-            temporary.write_bytes(content)
-    return StoredFile(target.name, digest)
+    return StoredFile(target.name, digest) if target.is_file() else None
+
+
+def _file_name(kind: str, digest: str) -> str:
+    return f"{kind}-{digest[:16]}.safetensors"
 
 
 def _write_case(folder: Path, case: PooledCase, reuse: Path | None) -> StoredCase:
-    tensors = {**vars(case.features), "labels": case.labels}
-    content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-    stored = vars(_write_named(folder, "pool", content, reuse))
-    return StoredCase(**stored, case=case.name, slices=case.slices, axis=case.view.axis, focus=case.focus)
+    """Write a case, or link the file that it was read from."""
+    stored = _linked(folder, "pool", case.sha256, reuse) if case.sha256 else None
+    if stored is None:
+        tensors = {**vars(case.features), "labels": case.labels}
+        content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        stored = _write_named(folder, "pool", content, reuse)
+    return StoredCase(**vars(stored), case=case.name, slices=case.slices, axis=case.view.axis, focus=case.focus)
+
+
+def _described(case: PooledCase | StoredCase) -> tuple[Any, ...]:
+    if isinstance(case, PooledCase):
+        return case.name, case.slices, case.view.axis, case.focus
+    return case.case, case.slices, case.axis, case.focus
 
 
 def _read_case(folder: Path, stored: StoredCase, backbone: SAM2Backbone) -> PooledCase:
@@ -314,4 +338,6 @@ def _read_case(folder: Path, stored: StoredCase, backbone: SAM2Backbone) -> Pool
         raise ModelError(f"{path} does not hold {count} labelled slices of {size} x {size} pixels. {_ADVICE}")
     labels = state.pop("labels")
     view = View(stored.axis, close=bool(stored.focus))
-    return PooledCase(stored.case, stored.slices, ImageFeatures(**state), labels, view, stored.focus)
+    case = PooledCase(stored.case, stored.slices, ImageFeatures(**state), labels, view, stored.focus)
+    object.__setattr__(case, "sha256", stored.sha256)
+    return case

@@ -164,6 +164,7 @@ class SliceStack:
         axis: canonical axis (0 R, 1 A, 2 S), see `choose_axis`; 2 for frames.
         size: side of the square input in pixels.
         intensity: grey value window; None chooses one for the volume.
+        ct_window: see `intensity_for`.
 
     Raises:
         InputError: no such axis.
@@ -180,12 +181,13 @@ class SliceStack:
         axis: int,
         size: int,
         intensity: Intensity | None = None,
+        ct_window: tuple[float, float] | None = None,
     ) -> None:
         if axis not in ((2,) if volume.frames else (0, 1, 2)):
             raise InputError(f"{volume.name}: cannot slice along axis {axis}. Choose 0, 1 or 2; 2 for frames.")
         self.volume = volume
         self.axis = axis
-        self._given_intensity = intensity
+        self._given_intensity, self._ct_window = intensity, ct_window
         row, column, self.through = self._array_axes()
         self.shape: tuple[int, int] = (volume.grid[row], volume.grid[column])
         self.pixel_spacing: tuple[float, float] = (volume.spacing[row], volume.spacing[column])
@@ -201,7 +203,7 @@ class SliceStack:
     @cached_property
     def intensity(self) -> Intensity:
         """The grey value window of the images."""
-        return self._given_intensity or intensity_for(self.volume)
+        return self._given_intensity or intensity_for(self.volume, self._ct_window)
 
     def slice_of(self, array: NDArray[Any], index: int) -> NDArray[Any]:
         """View slice `index` `(H, W)` of an array in the volume's grid; `(H, W, 3)` of colour voxels.

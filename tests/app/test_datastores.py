@@ -7,6 +7,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -525,3 +526,97 @@ def test_studies_that_are_gone_delete_no_label(start, label, studies):
     with pytest.raises(FileNotFoundError):
         store.refresh()
     assert set(store._journal.latest()) == {KEY} and list(studies.glob("[!.]*")) == []
+
+
+def numbered(path: Path, *values: int) -> Path:
+    """A label with a voxel of each value."""
+    voxels = np.zeros((4, 4, 2), np.uint8)
+    voxels.reshape(-1)[: len(values)] = values
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+    return path
+
+
+def test_a_label_that_is_touched_up_elsewhere_keeps_the_names_of_its_values(start, label, studies):
+    store = start()
+    given = [{"name": "spleen", "idx": 1}, {"name": "liver", "idx": 2}]
+    store.save_label("a", str(numbered(label(), 1, 2)), "final", {"label_info": given})
+    numbered(studies / "labels" / "final" / "a.nii.gz", 1, 2, 7)
+    store.refresh()
+    assert store.get_label_info("a", "final")["label_info"] == [*given, {"name": "structure_7", "idx": 7}]
+    numbered(studies / "labels" / "final" / "a.nii.gz", 2)
+    store.refresh()
+    assert store.get_label_info("a", "final")["label_info"][:2] == given
+
+
+def test_an_image_in_the_place_of_a_label_names_no_structures(start, label, studies, caplog):
+    store = start()
+    store.save_label("a", str(label()), "final", {"label_info": [{"name": "liver", "idx": 1}]})
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 8, 2)
+    nib.save(nib.Nifti1Image(grey, np.eye(4)), studies / "labels" / "final" / "a.nii.gz")
+    store.refresh()
+    assert "254 values without a name" in caplog.text
+    start()
+    assert value(store) == 1
+
+
+def test_final_labels_that_are_all_gone_are_put_back_though_results_remain(start, label, studies):
+    store = start()
+    for image in ("a", "b.01"):
+        store.save_label(image, str(label()), "final", {})
+        store.save_label(image, str(label(2)), "original", {})
+    for path in (studies / "labels" / "final").iterdir():
+        path.unlink()
+    store.refresh()
+    assert value(store) == 1 and value(store, ("b.01", "final")) == 1
+
+
+def test_what_changed_is_told_after_a_look_that_failed(start, label, studies, monkeypatch):
+    store = start()
+    for image in ("a", "b.01"):
+        store.save_label(image, str(label()), "final", {})
+    store.told.clear()
+    (studies / "labels" / "final" / "a.nii.gz").unlink()
+
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_relist", fail)
+        with pytest.raises(OSError, match="No space"):
+            store.refresh()
+    store.refresh()
+    assert store.told == [("a", None)]
+    assert store.get_label_by_image_id("a", "final") == ""
+
+
+def test_a_label_in_its_place_counts_as_saved_though_the_journal_cannot_note_it(start, label, monkeypatch):
+    store = start()
+
+    def fail(event):
+        raise OFLError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._journal, "record_written", fail)
+        assert store.save_label("a", str(label(3)), "final", {}) == "a"
+    assert value(store) == 3
+    store.refresh()
+    assert [image for image, _ in store.told] == ["a"]
+
+
+def test_an_image_with_a_damaged_header_keeps_its_labels_when_it_cannot_be_removed(start, label, studies):
+    (studies / "d.mha").write_bytes(b"damaged")
+    store = start()
+    store.save_label("d", str(label()), "final", {})
+    with pytest.raises(InputError, match="does not say where its voxels are"):
+        store.remove_image("d")
+    assert value(store, ("d", "final")) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "remote"), [("nfs4", True), ("fuse.sshfs", True), ("ext4", False), ("overlay", False)]
+)
+def test_only_file_systems_of_other_machines_are_looked_at_regularly(tmp_path, monkeypatch, kind, remote):
+    mounts = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    monkeypatch.setattr(watcher.psutil, "disk_partitions", lambda all: mounts)
+    (tmp_path / "studies").mkdir()
+    assert watcher.is_remote(tmp_path / "studies") is remote

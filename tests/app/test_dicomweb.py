@@ -1,5 +1,7 @@
 """Studies on a DICOMweb server that lives in this process: copies, labels there and back voxel for voxel, failures."""
 
+import os
+import re
 import shutil
 import sys
 import threading
@@ -11,6 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 import requests
+from lib.activelearning.coverage import Coverage
 from lib.datastores.archive import Archive, ArchiveError
 from lib.datastores.copies import SeriesCopies
 from lib.datastores.dicomweb import JournaledDICOMWebDatastore, connect
@@ -521,6 +524,7 @@ def http_error(status):
         (http_error(404), "any more", 404),
         (http_error(500), "answered 500", 502),
         (requests.ReadTimeout("slow"), "does not answer", 502),
+        (requests.exceptions.SSLError("self-signed"), "No encrypted connection .* REQUESTS_CA_BUNDLE", 502),
         (requests.JSONDecodeError("no JSON", "<html>", 0), "is no DICOM", 502),
     ],
 )
@@ -595,7 +599,7 @@ def test_the_time_of_a_segmentation_is_read(server, start, upload, clock, offset
     segmentation = made(store.segmentation(uid, Path(upload(store, uid)), NAMES), 2020)
     segmentation.ContentTime, segmentation.TimezoneOffsetFromUTC = clock, offset
     server.instances.append(segmentation)
-    (found,) = store._foreign.new()
+    (found,) = store._foreign.new({series.study for series in store._catalog.series().values()})
     assert found.made == instant
 
 
@@ -603,13 +607,13 @@ def test_a_time_without_an_offset_is_the_later_of_here_and_utc(server, start, up
     store = start()
     uid = store.list_images()[0]
     server.instances.append(made(store.segmentation(uid, Path(upload(store, uid)), NAMES), 2020))
-    server.instances[-1].ContentTime = "120000"
+    server.instances[-1].ContentTime, server.instances[-1].TimezoneOffsetFromUTC = "120000", ""
     for zone, hour in (("UTC-3", 12), ("UTC+3", 15)):  # as POSIX writes them: 3 hours east, 3 hours west
         with monkeypatch.context() as patch:
             patch.setenv("TZ", zone)
             time.tzset()
             store._foreign._described.clear()
-            (found,) = store._foreign.new()
+            (found,) = store._foreign.new({series.study for series in store._catalog.series().values()})
         time.tzset()
         assert found.made == f"2020-01-01T{hour}:00:00.000+00:00"
 
@@ -820,3 +824,47 @@ def test_the_app_says_which_segmentations_it_refused(server, make_app, monkeypat
     (refused,) = app.status()["refused"]
     assert refused["image"] == uid and refused["series"] == twice.SeriesInstanceUID
     assert "lesion" in refused["reason"] and store.get_labeled_images() == []
+
+
+def test_segmentations_of_other_studies_are_not_looked_at(server, start, upload, monkeypatch):
+    store = start()
+    other = store.segmentation(store.list_images()[0], Path(upload(store, store.list_images()[0])), NAMES)
+    other.StudyInstanceUID = "1.2.3"
+    server.instances.append(other)
+    monkeypatch.setattr(server, "retrieve_series_metadata", None)
+    store.refresh()
+    assert store.get_labeled_images() == []
+
+
+def test_a_segmentation_of_more_images_than_there_are_is_logged(server, start, upload, caplog):
+    store = start(expiry_s=0)
+    uid = store.list_images()[0]
+    server.instances.append(store.segmentation(uid, Path(upload(store, uid)), NAMES))
+    server.instances.remove(next(i for i in server.instances if i.SeriesInstanceUID == uid))
+    store.refresh()
+    assert re.search(r"refers to \d+ images, but the series holds \d+", caplog.text)
+    assert store.get_labeled_images() == []
+
+
+def test_labels_say_in_which_zone_their_times_are(server, start, upload, monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        store = start()
+        uid = store.list_images()[0]
+        store.save_label(uid, upload(store, uid), "final", {})
+        (stored,) = server.segmentations()
+        assert stored.TimezoneOffsetFromUTC == "+0900"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_a_series_keeps_its_descriptor_whenever_it_was_used(start, fresh_workspace):
+    store, coverage = start(), Coverage(fresh_workspace)
+    uid, encoder = store.list_images()[0], fresh_workspace.encoder()
+    coverage.farthest([uid], [], store)
+    os.utime(store.get_image_uri(uid), (1, 1))
+    assert coverage.known(uid, store, encoder) is not None
+    Path(store.get_image_uri(uid)).unlink()
+    assert coverage.known(uid, store, encoder) is not None

@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.dicom import read_headers
-from ofl_sam2.errors import Cancelled, InputError
+from ofl_sam2.errors import Cancelled, InputError, OFLError
 from ofl_sam2.files import read_labels, read_volume
 
 OBLIQUE = np.eye(4)
@@ -89,6 +89,7 @@ def test_result_is_that_of_the_library(
     assert np.shape(list(params["slice_confidence"].values())) == expected.confidence.T.shape
     assert params["learned_from"] == [case.volume.name for case in cases[:2]]
     assert params["snapshot"] == 1 and params["trained_on"] == []
+    assert params["fitted"] is True
     assert set(params["latencies"]) == {"pre", "infer", "write", "total"}
     assert workspace.scores.read()["new"].quality == pytest.approx(params["quality"], abs=1e-4)
 
@@ -114,11 +115,11 @@ def test_result_lies_exactly_on_its_image(
     assert written.dtype == np.uint8 and np.array_equal(written, expected)
 
 
-def test_single_structure_has_the_value_one(task: OFLSAM2Infer, image: Path) -> None:
+def test_single_structure_keeps_its_value(task: OFLSAM2Infer, image: Path) -> None:
     everything, _ = task({"image": str(image)})
     file, params = task({"image": str(image), "structures": "organ b"})
-    assert np.array_equal(read_labels(file).voxels, read_labels(everything).voxels == 2)
-    assert params["label_names"] == {"organ b": 1} and params["left_out"] == []
+    assert np.array_equal(read_labels(file).voxels, 2 * (read_labels(everything).voxels == 2))
+    assert params["label_names"] == {"organ b": 2} and params["left_out"] == []
 
 
 def test_structures_below_the_threshold_are_left_out(task: OFLSAM2Infer, image: Path) -> None:
@@ -244,3 +245,14 @@ def test_result_of_a_real_dicom_series_becomes_a_dicom_seg(
     names = read_segmentation(tmp_path / "segmentation.dcm", Path(file), tmp_path / "back.nii.gz")
     assert names == [{"name": "body", "idx": 1}]
     assert np.array_equal(read_labels(tmp_path / "back.nii.gz").voxels, labels)
+
+
+def test_a_score_that_cannot_be_kept_costs_no_result(
+    task: OFLSAM2Infer, image: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OFLError("the disk is full")
+
+    monkeypatch.setattr(workspace.scores, "put", fail)
+    file, _ = task({"image": str(image), "image_id": "new"})
+    assert read_labels(file).voxels.any()

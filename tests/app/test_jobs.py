@@ -1,3 +1,4 @@
+import os
 import threading
 from pathlib import Path
 
@@ -59,3 +60,11 @@ def test_job_finishes_in_another_thread(tmp_path: Path) -> None:
     worker.start()
     worker.join()
     assert not Jobs(tmp_path / "lock").user_waits()
+
+
+def test_background_work_of_a_server_that_is_gone_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs(tmp_path / "lock")
+    batch, infer = jobs.start("batch", "a"), jobs.start("infer", "b")
+    assert not batch.cancel.cancelled
+    monkeypatch.setattr(os, "getppid", lambda: -1)
+    assert batch.cancel.cancelled and not infer.cancel.cancelled

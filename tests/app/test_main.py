@@ -277,3 +277,40 @@ def test_damaged_snapshot_is_reported_and_can_be_rolled_back(
         again.infer({"model": "ofl_sam2", "image": "synthetic_003"})
     again.snapshots.rollback(current.version - 1)
     assert again.infer({"model": "ofl_sam2", "image": "synthetic_003"})["params"]["snapshot"] != current.version
+
+
+def test_a_first_label_that_cannot_be_learned_says_why(
+    make_app: Build, save: Save, label_files: dict[str, Path], tmp_path: Path
+) -> None:
+    app = make_app(server=True)
+    volume, empty = read_volume(label_files["synthetic_001"]), tmp_path / "empty.nii.gz"
+    write_labels(empty, np.zeros(volume.grid, np.uint8), volume)
+    save(app, "synthetic_001", empty)
+    with pytest.raises(InputError, match=r"The first label cannot be learned: .* is empty"):
+        app.infer({"model": "ofl_sam2", "image": "synthetic_002"})
+
+
+def test_labels_of_a_folder_do_not_get_to_a_dicomweb_server(
+    make_app: Build, save: Save, label_files: dict[str, Path]
+) -> None:
+    first = make_app(server=True)
+    save(first, "synthetic_000", label_files["synthetic_000"])
+    first.close()
+    with pytest.raises(
+        OFLError, match=r"holds labels of the studies in .*studies, not in http://127.0.0.1:1/dicom-web"
+    ):
+        make_app(server=True, source="http://127.0.0.1:1/dicom-web/")
+
+
+def test_another_ct_window_than_the_learned_one_is_refused(
+    make_app: Build, save: Save, label_files: dict[str, Path]
+) -> None:
+    app = make_app(server=True, ct_window="-1000,400")
+    save(app, "synthetic_000", label_files["synthetic_000"])
+    app.close()
+    make_app(ct_window="-1000,400")
+    make_app()
+    with pytest.raises(ModelError, match=r"CT window \(-1000.0, 400.0\), not with \(-160.0, 240.0\)"):
+        make_app(ct_window="-160,240")
+    with pytest.raises(InputError, match="--conf ct_window 400 cannot be used: '400' is no window"):
+        make_app(ct_window="400")

@@ -37,7 +37,7 @@ def answer(monkeypatch, tmp_path):
     [
         ({}, {"liver": 1, "spleen": 2}, {1: "liver", 2: "spleen"}),
         ({"structures": ["all", "liver"]}, {"spleen": 2}, {1: "liver", 2: "spleen"}),
-        ({"structures": "spleen"}, {"spleen": 1}, {1: "spleen"}),
+        ({"structures": "spleen"}, {"spleen": 2}, {2: "spleen"}),
         ({"structures": "liver"}, {"liver": 1}, {1: "liver"}),
     ],
 )

@@ -709,7 +709,7 @@ def test_all_models_are_trained_with_their_options(
     assert started == [{"model": "ofl_sam2", "minutes": "0.5"}]
 
 
-@pytest.mark.parametrize("address", ["/train/ofl_sam2", "/batch/infer/ofl_sam2", "/scoring/quality"])
+@pytest.mark.parametrize("address", ["/train/ofl_sam2", "/train/", "/batch/infer/ofl_sam2", "/scoring/quality"])
 def test_one_task_of_a_kind_runs_at_a_time(client: TestClient, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setattr("monailabel.utils.async_tasks.task.AsyncTask.status", lambda *_, **options: ({"id": 1}, None))
     answer = client.post(address, json={})

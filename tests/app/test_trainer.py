@@ -23,6 +23,7 @@ from ofl_sam2.files import read_labels
 from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.segmenter import VolumeSegmenter
+from ofl_sam2.service.journal import label_version
 from ofl_sam2.service.label_files import content_sha256
 from ofl_sam2.training.settings import EpochReport, TrainingResult
 
@@ -33,7 +34,9 @@ LABELLED = ["synthetic_000", "synthetic_001"]
 def outcome_of(before: float | None, after: float | None, improved: bool) -> Callable[..., TrainingResult]:
     """Instead of a training: changes the learner as one would, and reports two epochs."""
 
-    def train(segmenter: VolumeSegmenter, cases: Any, settings: Any, checkpoint: Path, report: Any) -> TrainingResult:
+    def train(
+        segmenter: VolumeSegmenter, cases: Any, settings: Any, checkpoint: Path, report: Any, **options: Any
+    ) -> TrainingResult:
         reports = [EpochReport(1, 0.9, 0.5, 1.0), EpochReport(2, 0.8, 1.0, 2.0)]
         for entry in reports:
             report(entry)
@@ -69,7 +72,7 @@ def test_better_result_is_published_on_top_of_newer_labels(
 ) -> None:
     trained = outcome_of(0.5, 0.75, improved=True)
 
-    def train(segmenter: VolumeSegmenter, *args: Any) -> TrainingResult:
+    def train(segmenter: VolumeSegmenter, *args: Any, **options: Any) -> TrainingResult:
         newer = workspace.open_base()
         newer.learn(cases[:3], segmenter.structures)
         learned = {case.volume.name: "1" * 64 for case in cases[:3]}
@@ -84,7 +87,9 @@ def test_better_result_is_published_on_top_of_newer_labels(
     assert list(segmenter.pool.cases) == ["synthetic_000", "synthetic_001", "synthetic_002"]
     assert segmenter.learner.lam.item() == pytest.approx(workspace.open_base().learner.lam.item() + 0.5)
     assert segmenter.unet is not None and segmenter.unet.values == (1, 2)
-    assert snapshot.notes["trained_on"] == {name: content_sha256(label_files[name]) for name in LABELLED}
+    names = [{"name": "organ a", "idx": 1}, {"name": "organ b", "idx": 2}]
+    versions = {name: label_version(content_sha256(label_files[name]), names) for name in LABELLED}
+    assert snapshot.notes["trained_on"] == versions
     assert set(snapshot.notes["learned"]) == set(segmenter.pool.cases) and snapshot.notes["flagged"]
 
 
@@ -110,7 +115,7 @@ def test_labels_that_the_snapshot_does_not_know_are_learned_first(
 ) -> None:
     seen = {}
 
-    def train(segmenter: VolumeSegmenter, cases: Any, *args: Any) -> TrainingResult:
+    def train(segmenter: VolumeSegmenter, cases: Any, *args: Any, **options: Any) -> TrainingResult:
         seen["names"] = [case.volume.name for case in cases]
         seen["pool"] = list(segmenter.pool.cases)
         return TrainingResult([], 0.5, 0.5, False)
@@ -132,7 +137,7 @@ def test_a_label_that_was_changed_since_is_learned_first_and_stays_as_it_was_at_
     volume = read_labels(label_files["synthetic_000"])
     nib.save(nib.Nifti1Image(np.uint8(volume.voxels == 1), volume.affine), label_files["synthetic_000"])
 
-    def train(segmenter: VolumeSegmenter, cases: Any, *args: Any) -> TrainingResult:
+    def train(segmenter: VolumeSegmenter, cases: Any, *args: Any, **options: Any) -> TrainingResult:
         assert segmenter.pool.cases["synthetic_000"].known == {1}
         label_files["synthetic_000"].unlink()
         again = [cases[0], *cases][:2]

@@ -388,3 +388,13 @@ class TestDecode:
             best = int(ious[row].argmax())
             assert chosen.iou[row] == ious[row].max()
             assert torch.equal(chosen.logits[row], logits[row, best])
+
+
+def test_features_do_not_depend_on_autocast(nano):
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = nano.encode_images(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = nano.encode_images(images)
+    for one, other in zip(vars(plain).values(), vars(cast).values(), strict=True):
+        assert one.dtype == other.dtype == torch.float32 and torch.equal(one, other)

@@ -130,6 +130,9 @@ def test_bundled_weights_are_found(bundle, tmp_path, monkeypatch):
     network.use_bundled_weights()
     assert "OFL_SAM2_WEIGHTS" not in os.environ
     (tmp_path / "weights").mkdir()
+    network.use_bundled_weights()
+    assert "OFL_SAM2_WEIGHTS" not in os.environ
+    (tmp_path / "weights" / "sam2.1_hiera_tiny.pt").touch()
     monkeypatch.setenv("OFL_SAM2_WEIGHTS", "elsewhere")
     network.use_bundled_weights()
     assert os.environ["OFL_SAM2_WEIGHTS"] == "elsewhere"

@@ -311,8 +311,12 @@ def test_an_unwritable_folder_is_only_read_after_one_warning(
             assert same(feature(seed), cache.put(key, feature(seed)))
             assert cache.get(key) is None
     assert len(attempts) == len(caplog.records) == 1
-    assert f"no longer cached in {tmp_path}" in caplog.text
+    assert f"not cached in {tmp_path} for now" in caplog.text
     assert same(kept, cache.get("0" * 64))
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "_writable_from", time.monotonic())
+    cache.put("1" * 64, feature(1))
+    assert same(feature(1), cache.get("1" * 64))
 
 
 def test_a_file_in_the_place_of_the_folder_disables_writing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -117,3 +117,14 @@ def test_samples_put_supports_first_and_belong_together(queries: int) -> None:
     assert shares.shape == (CLASSES, SUPPORTS + queries)
     expected = [5.0] * SUPPORTS + [float(index) for index in range(queries)]
     assert all(part[1, :, 0, 0, 0].tolist() == expected for part in (x, encoding, weight))
+
+
+def test_the_newest_query_of_a_single_class_is_kept_among_those_of_all() -> None:
+    working_set = WorkingSet(*supports(classes=12), capacity=3)
+    for value in (1.0, 2.0, 3.0):
+        working_set.add(*query(value, 12))
+    only = torch.zeros(12, dtype=torch.bool)
+    only[4] = True
+    for value in (4.0, 5.0):
+        working_set.add(*query(value, 12), only)
+        assert held(working_set)[-1] == value

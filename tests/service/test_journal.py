@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofl_sam2.errors import InputError, ModelError, OFLError
-from ofl_sam2.service.journal import LabelJournal, check_image_id, check_tag
+from ofl_sam2.service.journal import LabelEvent, LabelJournal, check_image_id, check_tag
 from ofl_sam2.service.label_files import check_label_file, content_sha256, copy_label
 
 
@@ -320,3 +321,13 @@ def test_a_broken_nrrd_header_is_refused(tmp_path, content):
     (tmp_path / "label.nrrd").write_bytes(content)
     with pytest.raises(InputError, match="Cannot read"):
         check_label_file(tmp_path / "label.nrrd")
+
+
+def test_a_label_is_another_one_when_its_names_are(tmp_path):
+    event = LabelEvent("1", "a", "final", "0" * 64, ".nii.gz", "")
+    assert event.version == event.sha256
+    named = [
+        replace(event, details={"label_info": [{"name": name, "idx": 1}]}) for name in ("liver", "spleen", "liver")
+    ]
+    assert named[0].version == named[2].version != named[1].version
+    assert event.version not in {other.version for other in named}

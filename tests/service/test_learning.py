@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ import torch
 
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.errors import InputError
+from ofl_sam2.learner.plan import Plan
+from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.service import learning as module
 from ofl_sam2.service.learning import LearningService
 from ofl_sam2.service.serving import Serving
@@ -267,11 +270,11 @@ def test_what_was_flagged_is_flagged_after_a_restart(make_service, store, monkey
     assert checked == ["a", "b"]
     learned(service, c="1")
     service.close()
-    assert store.current().notes["agreement"] == {"a": {"1": 0.9}, "b": {"1": 0.1}}
+    assert store.current().notes["agreement"] == {"a": {"1": 0.9}}
     service = make_service()
     service.reconcile({"a": "1", "b": "1", "c": "1"})
     assert service.wait_idle(SECONDS)
-    assert checked == ["a", "b", "c", "c"]
+    assert checked == ["a", "b", "b", "c", "b", "c"]
     assert service.status()["flagged"] == {"b": {"bright": 0.1}}
 
 
@@ -479,3 +482,52 @@ def test_closing_does_not_wait_for_the_queue(make_service, store, labels):
 
 def test_closing_before_the_start_is_nothing(make_service):
     make_service(start=False).close()
+
+
+def test_a_unet_that_tells_merged_structures_apart_goes(service, store, registry, labels):
+    learned(service, a="1")
+    with store.lock():
+        trained = load_model(store.current().folder)
+        trained.unet = VoxelUNet(Plan((1.0, 1.0, 4.0), GRID), (1, 2)).eval()
+        store.publish(trained, dict(store.current().notes))
+    registry.rename("bright", "liver")
+    service.structures_changed()
+    assert service.wait_idle(SECONDS)
+    assert load_model(store.current().folder).unet is not None
+    registry.merge("dim", "liver")
+    labels.saved["a"] = replace(labels.saved["a"], labels=registry.remap(labels.saved["a"].labels), values=(1,))
+    service.structures_changed()
+    assert service.wait_idle(SECONDS)
+    assert load_model(store.current().folder).unet is None
+
+
+def test_what_may_pass_by_itself_is_tried_again(store, registry, labels, make_segmenter, monkeypatch):
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.05)
+    serving, passes = Serving(store), lambda error: isinstance(error, TimeoutError)
+    service = LearningService(serving, registry, lambda: make_segmenter((), **FAST), labels.read, passes)
+    case, labels.saved["a"], labels.saved["b"] = labels.saved["a"], TimeoutError("no answer"), ValueError("damaged")
+    service.start()
+    learned(service, a="1", b="1")
+    assert set(service.status()["errors"]) == {"a", "b"}
+    labels.saved["a"] = case
+    wait_for_labels(service, {"a": "1"})
+    assert service.wait_idle(SECONDS)
+    assert set(service.status()["errors"]) == {"b"} and labels.reads.count("b") == 1
+    service.close()
+
+
+def wait_for_labels(service, wanted):
+    limit = time.monotonic() + SECONDS
+    while service.status()["learned"] != wanted:
+        assert time.monotonic() < limit, service.status()
+        time.sleep(0.02)
+
+
+def test_a_label_that_looked_wrong_is_compared_with_those_that_came_since(service, labels, monkeypatch):
+    truth = {"a": 0.9, "b": 0.1}
+    monkeypatch.setattr(module, "agreement", lambda segmenter, case, cancel: {"1": truth[case.volume.name]})
+    learned(service, a="1", b="1")
+    assert set(service.status()["flagged"]) == {"b"}
+    truth |= {"b": 0.8, "c": 0.8}
+    learned(service, c="1")
+    assert service.status()["flagged"] == {}

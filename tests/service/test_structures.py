@@ -175,3 +175,11 @@ def test_a_damaged_file_is_named_and_not_overwritten(path, content):
 
 def test_the_file_is_plain_json(registry, path):
     assert json.loads(path.read_text())["structures"] == {"liver": 1, "spleen": 2}
+
+
+def test_an_image_in_the_place_of_a_label_adds_no_structures(tmp_path):
+    registry = StructureRegistry(tmp_path / "structures.json")
+    with pytest.raises(InputError, match=r"255 unknown values without a name\. Is it an image"):
+        registry.remap(np.arange(256))
+    assert registry.names() == {}
+    assert len(np.unique(registry.remap(np.arange(118)))) == 118

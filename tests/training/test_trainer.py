@@ -65,6 +65,7 @@ def seconds_are_steps(monkeypatch):
     clock = SimpleNamespace(perf_counter=lambda: max(0, next(ticks)))
     for module in (trainer, episode_training):
         monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(trainer, "_seconds_a_slice", lambda segmenter: 1e-6)
 
 
 def losses(reports):
@@ -369,3 +370,29 @@ def test_a_cancelled_training_fits_no_unet(build, cases):
     token, segmenter = CancelToken(), build()
     train(segmenter, cases, SHORT, report=lambda _: token.cancel(), cancel=token)
     assert segmenter.unet is None
+
+
+def test_few_steps_are_averaged_equally_and_many_exponentially():
+    average = [torch.zeros(1)]
+    for step, value in enumerate((3.0, 6.0, 9.0)):
+        if step == 0:
+            average[0].fill_(value)
+        else:
+            episode_training._average(average, [torch.tensor([value])], step)
+    assert average[0].item() == pytest.approx(6.0)
+    episode_training._average(average, [torch.tensor([106.0])], torch.tensor(400))
+    assert average[0].item() == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(1e-6, 400), (3.0, 25), (1e6, 0)])
+def test_a_slow_backbone_begins_with_fewer_copies(build, cases, monkeypatch, seconds, most):
+    rooms, own = [], trainer.FreshCopies
+    monkeypatch.setattr(trainer, "_seconds_a_slice", lambda segmenter: seconds)
+
+    def copies(*arguments):
+        rooms.append(arguments[5])
+        return own(*arguments)
+
+    monkeypatch.setattr(trainer, "FreshCopies", copies)
+    train(build(), cases, SHORT)
+    assert rooms == [most]

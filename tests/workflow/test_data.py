@@ -44,3 +44,10 @@ def test_a_case_is_checked_when_it_is_loaded(study):
     (item,) = labelled_list(str(study / "images"), str(study / "labels"), ["a"])
     assert LoadCase()(item).values == (1, 2)
     assert LoadCase(ignore_empty_slices=True)(item).ignore_empty_slices
+
+
+def test_cases_that_are_left_out(study):
+    images, labels = str(study / "images"), str(study / "labels")
+    names = [Path(case["image"]).name for case in labelled_list(images, labels)]
+    rest = [Path(case["image"]).name for case in labelled_list(images, labels, unless=[names[0].split(".")[0]])]
+    assert rest == names[1:] and names[1:]

@@ -86,3 +86,13 @@ def test_frames_are_left_to_the_command_line(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "1.png")
     with pytest.raises(InputError, match="ofl-sam2 segment"):
         VolumeReader().get_data(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(6, 7, 4, 5), (6, 7, 1), (6, 7, 1, 3)])
+def test_every_time_and_slice_is_written(tmp_path, shape):
+    voxels = np.random.default_rng(0).integers(0, 3, shape).astype(np.int16)
+    nib.save(nib.Nifti1Image(voxels, OBLIQUE), tmp_path / "cine.nii.gz")
+    image = load(tmp_path / "cine.nii.gz")
+    written = nib.load(save(tmp_path / "out", MetaTensor(image.as_tensor().to(torch.uint8)).copy_meta_from(image)))
+    assert np.array_equal(written.get_fdata(), voxels)
+    assert np.allclose(written.affine, OBLIQUE, atol=1e-6)

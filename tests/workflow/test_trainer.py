@@ -140,7 +140,7 @@ def test_a_validation_may_stop_it(build):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"minutes": 0}, InputError, "^minutes, max_epochs and seed: "),
+        ({"minutes": 0}, InputError, "^minutes, max_epochs, episodes and seed: "),
         ({"structures": "1"}, InputError, "^structures: "),
         ({"structures": "7=x"}, InputError, "^structures: No label holds 7=x"),
         ({"backbone": "resnet"}, InputError, "^model_dir, backbone, image_size: Unknown backbone"),

@@ -8,6 +8,7 @@ which starts nothing and changes nothing until it is told that it is the server.
 
 import logging
 import time
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from monailabel.utils.sessions import Sessions
 
 from lib.cases import FINAL, image_path, labelled_case, read_case, result_tag
 from lib.configs.ofl_sam2 import OFLSAM2
+from lib.datastores.archive import ArchiveError
 from lib.datastores.dicomweb import JournaledDICOMWebDatastore, connect
 from lib.datastores.local import JournaledLocalDatastore
 from lib.infers.batch import BatchInfer
@@ -40,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _NAME = "ofl_sam2"
 _REFUSED = 5
+_KEPT = ("label_names", "quality", "structure_quality", "volume_ml", "snapshot", "latencies")
 _DESCRIPTION = "Learns structures from the labels you save and segments the other images without prompts"
 
 
@@ -77,6 +80,7 @@ class OFLSAM2App(MONAILabelApp):
             self.registry,
             self.workspace.open_base,
             lambda image_id: read_case(self.datastore(), self.registry, image_id),
+            lambda error: isinstance(error, ArchiveError) and error.status != HTTPStatus.NOT_FOUND,
         )
 
     def init_datastore(self) -> Datastore:
@@ -136,14 +140,14 @@ class OFLSAM2App(MONAILabelApp):
     def on_init_complete(self) -> None:
         """Bring studies, journal and learned state together, and learn from now on."""
         studies = self.datastore()
-        studies.on_label = lambda image_id, event: self.service.learn(image_id, event.sha256)
+        studies.on_label = lambda image_id, event: self.service.learn(image_id, event.version)
         studies.on_delete = self.service.forget
         if isinstance(studies, JournaledDICOMWebDatastore):
             studies.check = self._check_label
         studies.reconcile()
         self.journal.prune()
         latest = self.journal.latest()
-        self.service.reconcile({image: event.sha256 for (image, tag), event in latest.items() if tag == FINAL})
+        self.service.reconcile({image: event.version for (image, tag), event in latest.items() if tag == FINAL})
         self.service.start()
         if settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD:
             studies.watch()
@@ -188,15 +192,16 @@ class OFLSAM2App(MONAILabelApp):
         if not in_studies and not Path(image).is_absolute():
             raise ImageNotFoundException(f"The studies hold no image '{image}'. Refresh the list of images.")
         path, tag = image_path(studies, image) if in_studies else Path(image), result_tag(request)
-        if self.snapshots.current() is None and self._first_is_learned():
-            raise InputError("The first label is still being learned. Try again in a few seconds.")
+        if self.snapshots.current() is None:
+            self._explain_nothing_learned()
         file, params = task({**request, "image": str(path), "image_id": image if in_studies else None})
         label = file
         if in_studies and request.get("save_label"):
             names = [{"name": name, "idx": value} for name, value in params["label_names"].items()]
-            details = {"model": request["model"], "label_info": names, "label_names": params["label_names"]}
+            kept = {name: params[name] for name in _KEPT}
+            details = {"model": request["model"], "label_info": names, "params": kept}
             try:
-                label = studies.save_label(image, file, tag, {**details, "params": params})
+                label = studies.save_label(image, file, tag, {**details, "label_names": params["label_names"]})
             except BaseException:
                 remove_file(file)
                 raise
@@ -216,12 +221,14 @@ class OFLSAM2App(MONAILabelApp):
         }
 
     def _keep_to_studies(self) -> None:
-        """Note the folder of the studies. Another one may use the ids of images labelled here for other images."""
-        note, studies = self.options.model_root / "studies.txt", Path(self.studies).resolve()
-        if not studies.is_dir():
-            return
-        before = Path(note.read_text(encoding="utf-8").strip()) if note.exists() else studies
-        same = before.samefile(studies) if before.is_dir() else self.datastore().holds_a_journaled_label()
+        """Note where the studies are. Others may use the ids of images labelled here for other images."""
+        note, folder = self.options.model_root / "studies.txt", Path(self.studies).resolve()
+        studies = str(folder) if folder.is_dir() else self.studies.rstrip("/")
+        before = note.read_text(encoding="utf-8").strip() if note.exists() else studies
+        same = before == studies
+        if folder.is_dir() and not same:
+            moved = not Path(before).is_dir()
+            same = self.datastore().holds_a_journaled_label() if moved else folder.samefile(before)
         if self.journal.latest() and not same:
             raise OFLError(
                 f"{self.options.model_root} holds labels of the studies in {before}, not in {studies}. Give these "
@@ -233,9 +240,16 @@ class OFLSAM2App(MONAILabelApp):
         """Refuse a label that cannot be learned from."""
         labelled_case(image_id, image_path(self.datastore(), image_id), label, label_info, self.registry)
 
-    def _first_is_learned(self) -> bool:
-        labelled = any(tag == FINAL for _, tag in self.journal.latest())
-        return labelled and self.service.status()["state"] in ("waiting", "learning")
+    def _explain_nothing_learned(self) -> None:
+        """Raise InputError if a label was saved and is not learned yet, with the reason if it cannot be."""
+        if not any(tag == FINAL for _, tag in self.journal.latest()):
+            return
+        status = self.service.status()
+        reasons = [status["problem"]] if status["problem"] else list(status["errors"].values())
+        if reasons:
+            raise InputError(f"The first label cannot be learned: {reasons[0]}")
+        if status["state"] in ("waiting", "learning"):
+            raise InputError("The first label is still being learned. Try again in a few seconds.")
 
     def cleanup_sessions(self) -> None:
         """Remove uploads that have expired, also those of an earlier server, and what is left of broken ones."""

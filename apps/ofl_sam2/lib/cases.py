@@ -12,6 +12,7 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from ofl_sam2.dataset import Case, LabelledCase, load_case
 from ofl_sam2.errors import InputError
 from ofl_sam2.files import read_volume
+from ofl_sam2.service.journal import label_version
 from ofl_sam2.service.label_files import content_sha256
 from ofl_sam2.service.structures import StructureRegistry
 
@@ -51,7 +52,7 @@ def read_case(datastore: Datastore, registry: StructureRegistry, image_id: str) 
 
 
 def read_unchanged_case(datastore: Datastore, registry: StructureRegistry, image_id: str) -> tuple[LabelledCase, str]:
-    """As `read_case`, with the sha256 of the label's content.
+    """As `read_case`, with the version of the label, see `label_version`.
 
     Raises:
         InputError: also where the label is no more what the studies list.
@@ -60,7 +61,7 @@ def read_unchanged_case(datastore: Datastore, registry: StructureRegistry, image
     sha256 = content_sha256(label)
     if info.get("sha256", sha256) != sha256:
         raise InputError(f"The label of {image_id} is being saved again. Train once more to learn from it.")
-    return case, sha256
+    return case, label_version(sha256, info.get("label_info"))
 
 
 def _read_final(

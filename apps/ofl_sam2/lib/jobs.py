@@ -1,5 +1,6 @@
 """What runs at the moment, for status and cancellation; other processes see only whether anything does."""
 
+import os
 import secrets
 import threading
 import time
@@ -12,6 +13,19 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ofl_sam2.progress import CancelToken
+
+
+class ServerToken(CancelToken):
+    """For tasks in processes of their own: cancelled, too, when the process that started this one is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parent = os.getppid()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody asked to stop, or the server is gone."""
+        return super().cancelled or os.getppid() != self._parent
 
 
 @dataclass
@@ -52,7 +66,8 @@ class Jobs:
 
     def start(self, kind: str, image: str) -> Job:
         """Register a new job."""
-        job = Job(secrets.token_hex(8), kind, image)
+        token = CancelToken() if kind == "infer" else ServerToken()
+        job = Job(secrets.token_hex(8), kind, image, cancel=token)
         with self._lock:
             self._jobs[job.id] = job
             self._show()

@@ -10,6 +10,7 @@ from monailabel.utils.others.generic import strtobool
 from ofl_sam2.backbone.build import check_image_size
 from ofl_sam2.backbone.configs import backbone_config
 from ofl_sam2.errors import InputError
+from ofl_sam2.intensity import parse_window
 from ofl_sam2.jobs import check_device
 
 
@@ -21,6 +22,7 @@ class Options:
         model_root: folder of everything the app remembers: journal, snapshots, structures, cache.
         backbone: name of the frozen SAM2 that learning starts with.
         image_size: side of its input in pixels; default by backbone.
+        ct_window: lowest and highest HU that learning tells apart in CT; default by the first label.
         labels: structures known from the start, in the order of their values.
         device: "cpu" or "cuda".
         cache_gb: bound of the feature cache in GB.
@@ -31,6 +33,7 @@ class Options:
     model_root: Path
     backbone: str | None = None
     image_size: int | None = None
+    ct_window: tuple[float, float] | None = None
     labels: tuple[str, ...] = ()
     device: str = "cpu"
     cache_gb: float = 4.0
@@ -49,6 +52,7 @@ class Options:
             "model_root": lambda text: Path(text).expanduser().resolve(),
             "backbone": lambda text: backbone_config(text).name,
             "image_size": lambda text: check_image_size(int(text)),
+            "ct_window": parse_window,
             "labels": _names,
             "device": str,
             "cache_gb": _size,
@@ -59,7 +63,7 @@ class Options:
             if field.name in conf:
                 try:
                     given[field.name] = readers[field.name](str(conf[field.name]).strip())
-                except ValueError as error:
+                except (InputError, ValueError) as error:
                     reason = str(error).rstrip(".")
                     raise InputError(f"--conf {field.name} {conf[field.name]} cannot be used: {reason}.") from error
         options = cls(**given)

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import threading
+import zlib
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,27 +27,34 @@ def result_key(snapshot: Snapshot, volume: Volume, changes: dict[str, Any]) -> s
 
 
 class RecentResults:
-    """Segmentations in memory, the least recently used goes first. Any thread may call it.
+    """Segmentations in memory, their label maps packed; the least recently used goes first. Any thread may call it.
 
     Args:
-        max_bytes: bound on the label maps kept.
+        max_bytes: bound on the packed label maps.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._results: OrderedDict[str, Segmentation] = OrderedDict()
+        self._results: OrderedDict[str, tuple[bytes, Segmentation]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: str) -> Segmentation | None:
         """A kept result."""
         with self._lock:
-            if key in self._results:
-                self._results.move_to_end(key)
-            return self._results.get(key)
+            if key not in self._results:
+                return None
+            self._results.move_to_end(key)
+            packed, result = self._results[key]
+        labels = np.frombuffer(zlib.decompress(packed), result.labels.dtype)
+        return replace(result, labels=labels.reshape(result.labels.shape))
 
     def put(self, key: str, result: Segmentation) -> None:
         """Keep a result, if it is not larger than all there is room for."""
+        packed = zlib.compress(np.ascontiguousarray(result.labels), level=1)
+        if len(packed) > self._max_bytes:
+            return
+        shape_only = np.broadcast_to(np.zeros((), result.labels.dtype), result.labels.shape)
         with self._lock:
-            self._results[key] = result
-            while sum(kept.labels.nbytes for kept in self._results.values()) > self._max_bytes:
+            self._results[key] = packed, replace(result, labels=shape_only)
+            while sum(len(kept) for kept, _ in self._results.values()) > self._max_bytes:
                 self._results.popitem(last=False)

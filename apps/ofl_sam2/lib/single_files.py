@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 
 from ofl_sam2.atomic import atomic_path
-from ofl_sam2.files import image_suffix, read_volume
+from ofl_sam2.files import image_suffix, nifti_image, read_volume
 from ofl_sam2.volume import Volume
 
 _LUMINANCE = np.array([0.299, 0.587, 0.114])
@@ -75,4 +75,4 @@ def _write(target: Path, volume: Volume) -> None:
     elif voxels.dtype == bool:
         voxels = voxels.astype(np.uint8)
     with atomic_path(target) as temporary:
-        nib.save(nib.Nifti1Image(voxels, volume.affine), temporary)
+        nib.save(nifti_image(volume, voxels), temporary)

@@ -18,6 +18,7 @@ from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.service.serving import Serving
 from ofl_sam2.service.snapshots import SnapshotStore
 from ofl_sam2.service.structures import StructureRegistry
+from ofl_sam2.settings import Settings
 from ofl_sam2.store import read_index
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Workspace:
         name = self.options.backbone or _DEFAULT_BACKBONE
         backbone = load_backbone(name, self.options.image_size, self.options.device)
         learner = shipped_learner(name, backbone.width).to(self.options.device)
-        return VolumeSegmenter(backbone, learner, cache=self.cache)
+        return VolumeSegmenter(backbone, learner, Settings(ct_window=self.options.ct_window), self.cache)
 
     def encoder(self) -> VolumeSegmenter:
         """What computes features: the segmenter that is served, or one that has learned nothing while there is none."""
@@ -101,7 +102,7 @@ class Workspace:
         return self._unlearned
 
     def check_backbone(self) -> None:
-        """Refuse a backbone or input size other than what the current snapshot was learned with.
+        """Refuse a backbone, input size or CT window other than what the current snapshot was learned with.
 
         A damaged snapshot is no reason not to start: the server reports it and can roll back.
 
@@ -121,4 +122,10 @@ class Workspace:
             raise ModelError(
                 f"{self.options.model_root} was learned with {saved.backbone} at {saved.image_size} pixels, not with "
                 f"{wanted[0]} at {wanted[1]}. Change --conf backbone or image_size, or give another --conf model_root."
+            )
+        window, learned = self.options.ct_window, saved.settings.ct_window
+        if window and window != learned:
+            raise ModelError(
+                f"{self.options.model_root} was learned with the CT window {learned}, not with {window}. "
+                "Leave --conf ct_window out, or give another --conf model_root."
             )

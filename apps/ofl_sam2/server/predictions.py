@@ -58,7 +58,7 @@ def predict(
 
 
 def _names(params: dict[str, Any], options: dict[str, Any]) -> dict[int, str]:
-    """Value -> name of all learned structures, or of the only one that was asked for, whose value is 1."""
+    """Value -> name of all learned structures, or of the only one that was asked for."""
     asked_for = read_options(options, Settings(), app().options.device).structure
     names = params["structures"] if asked_for is None else params["label_names"]
     return {value: name for name, value in names.items()}

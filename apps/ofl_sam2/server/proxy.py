@@ -69,7 +69,7 @@ def _forward(request: Request, service: str, path: str, body: bytes | None = Non
             stream=True,
         )
     except requests.RequestException as error:
-        raise no_answer(app().datastore().name()) from error
+        raise no_answer(app().datastore().name(), error) from error
     headers = {name: answer.headers[name] for name in _ANSWERED if name in answer.headers}
     return StreamingResponse(_chunks(answer), answer.status_code, headers)
 

@@ -97,6 +97,7 @@ def train_all(user: Admin, params: Options = None, run_sync: bool = False):
             raise InputError(f"The options of '{model}' are no JSON object. Send one such as {{}}.")
         check_params(options)
         read_settings(options)
+    _require_idle("train", "training", "/train/")
     return monai_train.run(params, run_sync)
 
 

@@ -141,8 +141,9 @@ class SAM2Backbone(nn.Module):
         return self
 
     def encode_images(self, images: Tensor) -> ImageFeatures:
-        """Encode images `(N, 3, size, size)` in [0, 1]."""
-        output = self.sam2.forward_image((images - self._mean) / self._std)
+        """Encode images `(N, 3, size, size)` in [0, 1], in float32 whatever autocast says: features are kept."""
+        with torch.autocast(images.device.type, enabled=False):
+            output = self.sam2.forward_image((images.float() - self._mean) / self._std)
         return ImageFeatures(*output["backbone_fpn"])
 
     def remember_mask(self, features: ImageFeatures, masks: Tensor) -> Memory:

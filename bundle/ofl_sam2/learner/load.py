@@ -10,10 +10,11 @@ from safetensors.torch import save
 from torch import nn
 
 from ofl_sam2.backbone.weights import load_strict, read_state
-from ofl_sam2.errors import WeightsError
+from ofl_sam2.errors import InputError, WeightsError
 from ofl_sam2.learner.few_shot import FewShotLearner
 from ofl_sam2.learner.plan import DEEPEST, Plan
 from ofl_sam2.learner.unet import MOST_VOXELS, Trunk, VoxelUNet
+from ofl_sam2.settings import Settings
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 _MOST_CHANNELS = 4096
@@ -45,7 +46,9 @@ def learner_bytes(learner: FewShotLearner) -> bytes:
 
 def unet_bytes(unet: VoxelUNet) -> bytes:
     """As `learner_bytes`, of a U-Net."""
-    shape = {name: getattr(unet, name) for name in ("values", "colour", "patch_voxels", "deepest")} | asdict(unet.plan)
+    shape = {
+        name: getattr(unet, name) for name in ("values", "colour", "patch_voxels", "deepest", "ct_window")
+    } | asdict(unet.plan)
     return _bytes(unet, {name: json.dumps(value) for name, value in shape.items()})
 
 
@@ -101,8 +104,9 @@ def read_unet(path: Path, sha256: str | None = None) -> VoxelUNet:
             raise ValueError(f"patches of {patch_voxels} voxels")
         if not 0 <= deepest <= DEEPEST:
             raise ValueError(f"patches that are halved {deepest} times")
-        unet = VoxelUNet(Plan(spacing, shape), values, colour, patch_voxels, deepest)
-    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+        ct_window = Settings(ct_window=header.get("ct_window")).ct_window
+        unet = VoxelUNet(Plan(spacing, shape), values, colour, patch_voxels, deepest, ct_window)
+    except (SafetensorError, InputError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path} is no U-Net (header: {error}). Train again.") from error
     load_strict(unet, state, source=str(path))
     return unet.eval()

@@ -85,7 +85,7 @@ def descend(tau: Tensor, problem: Problem, steps: int, metric: Tensor | None = N
 def patch_metric(x: Tensor, ridge: Tensor, kernel: int) -> Tensor:
     """Cholesky factor of the mean patch covariance plus the ridge, per class `(B, K, K)`, K = C k^2.
 
-    With spatial weights of 1 and equal sample weights it is the Hessian of the inner problem, so one step solves it.
+    With spatial weights of 1 and equal sample weights it is the Hessian of the inner problem, but for the damping.
     Factorised in float64: features are often so alike that their covariance is not positive definite in float32.
 
     Args:

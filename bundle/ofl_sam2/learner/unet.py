@@ -29,6 +29,7 @@ class VoxelUNet(nn.Module):
         colour: it sees three channels instead of one.
         patch_voxels: most voxels of a patch.
         deepest: how often a patch is halved at most; by default as often as the pretrained weights know.
+        ct_window: see `intensity_for`.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class VoxelUNet(nn.Module):
         colour: bool = False,
         patch_voxels: int = PATCH_VOXELS,
         deepest: int = PRETRAINED_DEEPEST,
+        ct_window: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         self.plan, self.values, self.colour = plan, tuple(values), colour
-        self.patch_voxels, self.deepest = patch_voxels, deepest
+        self.patch_voxels, self.deepest, self.ct_window = patch_voxels, deepest, ct_window
         self.patch = plan.patch(patch_voxels, deepest)
         self.net = dynunet(plan, self.patch, 3 if colour else 1, 1 + len(self.values), deepest)
         # DynUNet registers its layers a second time, and safetensors refuses shared tensors.
@@ -87,7 +89,7 @@ class VoxelUNet(nn.Module):
 
     def images(self, volume: Volume) -> Iterator[Tensor]:
         """The volume as the network sees it, on its grid, `(C, x, y, z)` with mean 0 and variance 1; one a time."""
-        window, voxels = intensity_for(volume), volume.in_order(volume.voxels)
+        window, voxels = intensity_for(volume, self.ct_window), volume.in_order(volume.voxels)
         shape = self.shape_of(volume)
         for time in range(times(volume)):
             grey = window.apply(voxels if volume.colour else at_time(voxels, time))

@@ -34,6 +34,7 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{12}\.tmp")
 _STALE_SECONDS = 3600.0
+_PAUSE_SECONDS = 300.0
 _SCANS_PER_BOUND = 16
 _HALF_MAX = torch.finfo(torch.float16).max
 
@@ -47,8 +48,8 @@ class FeatureCache:
         memory_bytes: bound of the copies a cache with a folder also keeps in memory.
 
     A process learns what the others wrote when it scans the folder, after every 1/16 of the bound it writes: several
-    processes may exceed the bound by that much and one entry each. A folder that cannot be written is only read, after
-    one warning in the log.
+    processes may exceed the bound by that much and one entry each. A folder that cannot be written is only read for
+    five minutes, after a warning in the log.
 
     Example:
         >>> cache = FeatureCache(None, max_bytes=1 << 20)
@@ -65,7 +66,7 @@ class FeatureCache:
         self._max_bytes = max_bytes
         self._memory = _Memory(max_bytes if folder is None else memory_bytes)
         self._lock = threading.Lock()
-        self._writable = True
+        self._writable_from = 0.0
         self._unscanned_bytes = 0
         self._disk_bytes = 0
         if self._folder is not None:
@@ -114,7 +115,7 @@ class FeatureCache:
         path = self._path(key)
         rounded = _rounded(tensors)
         self._memory.put(key, rounded)
-        if path is not None and self._writable:
+        if path is not None and time.monotonic() >= self._writable_from:
             self._write(path, key, rounded)
         return _widened(rounded)
 
@@ -149,10 +150,10 @@ class FeatureCache:
 
     def _stop_writing(self, error: OSError) -> None:
         with self._lock:
-            first, self._writable = self._writable, False
+            first, self._writable_from = not self._writable_from, time.monotonic() + _PAUSE_SECONDS
         if first:
             reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-            _log.warning("Features are no longer cached in %s: %s. Results do not change.", self._folder, reason)
+            _log.warning("Features are not cached in %s for now: %s. Results do not change.", self._folder, reason)
 
     def _evict(self, folder: Path) -> None:
         """Count the bytes on disk; beyond the bound delete the least recently used, down to 90 % or the newest."""

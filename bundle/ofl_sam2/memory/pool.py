@@ -1,7 +1,7 @@
 """The pool of labelled slices and how a query slice retrieves its supports from it."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
 from typing import TypeVar
@@ -44,6 +44,7 @@ class PooledCase:
         labels: `(S, size, size)` uint8 or int32, label values at input resolution.
         view: how the case was looked at.
         focus: label values that a close-up is made for.
+        sha256: of the file that it was read from; None of a new or changed case.
     """
 
     name: str
@@ -52,6 +53,7 @@ class PooledCase:
     labels: Tensor
     view: View = MAIN
     focus: tuple[int, ...] = ()
+    sha256: str | None = field(default=None, init=False)
 
     @property
     def key(self) -> str:

@@ -8,7 +8,8 @@ class WorkingSet:
     """Samples of B classes and their weights a_t >= 0 with sum 1.
 
     Accepted query slices enter with weight `rate` and the rest is renormalised; the supports together keep at least
-    `support_floor`; when more than `capacity` queries are held, the lightest goes first.
+    `support_floor`; when more than `capacity` queries are held, one goes, but not the newest: the one that weighs least
+    in the class where it weighs most.
 
     Args:
         x: learner inputs of the supports, `(B, S, C_x, h, w)`.
@@ -50,7 +51,8 @@ class WorkingSet:
         self.query_weight = self.query_weight * ((1 - self.floor) / share.clamp_min(1e-12)).clamp_max(1.0)
         self.queries.append((x, encoding, weight))
         if len(self.queries) > self.capacity:
-            lightest = int(self.query_weight.sum(0).argmin())
+            weights = self.query_weight.T.tolist()
+            lightest = min(range(max(1, len(weights) - 1)), key=lambda row: (max(weights[row]), sum(weights[row])))
             del self.queries[lightest]
             keep = [i for i in range(self.query_weight.shape[1]) if i != lightest]
             self.query_weight = self.query_weight[:, keep]

@@ -7,6 +7,7 @@ Any number of processes may read; those that write take turns.
 """
 
 import errno
+import hashlib
 import io
 import json
 import logging
@@ -73,6 +74,11 @@ class LabelEvent:
     def blob(self) -> str:
         """Name of the file or folder that holds its content."""
         return self.sha256 + self.ext
+
+    @property
+    def version(self) -> str:
+        """See `label_version`."""
+        return label_version(self.sha256, self.details.get("label_info"))
 
     @property
     def key(self) -> Key:
@@ -259,6 +265,12 @@ class LabelJournal:
             self._refused[event.key].append(event)
             self._refusals.append((event, reason))
             self._history.append(event)
+
+
+def label_version(sha256: str, label_info: Any) -> str:
+    """What differs when the content of a label does, or the names of its structures."""
+    named = json.dumps(label_info, sort_keys=True, default=str) if label_info else ""
+    return hashlib.sha256(f"{sha256} {named}".encode()).hexdigest() if named else sha256
 
 
 def check_image_id(image: str) -> None:

@@ -24,8 +24,8 @@ class LabelNotes:
     """What a snapshot says about labels, as JSON values.
 
     Attributes:
-        learned: image -> sha256 of the label in the pool.
-        trained_on: image -> sha256 of the label, at the time of the last training.
+        learned: image -> version of the label in the pool.
+        trained_on: image -> version of the label, at the time of the last training.
         agreement: image -> what `agreement` says of the label in the pool.
     """
 
@@ -40,14 +40,15 @@ class LabelNotes:
         return cls(**{entry.name: dict(notes.get(entry.name, {})) for entry in fields(cls)})
 
     def learn(self, image: str, sha256: str) -> None:
-        """Note a label, new or in the place of an older one."""
+        """Note a label, new or in the place of an older one; those that look wrong are compared once more."""
         self.forget(image)
         self.learned[image] = sha256
 
     def forget(self, image: str) -> None:
-        """Drop a label, but not that parameters were fitted to it."""
+        """Drop a label, but not that parameters were fitted to it; those that look wrong are compared once more."""
         self.learned.pop(image, None)
-        self.agreement.pop(image, None)
+        for doubtful in (image, *self.flagged()):
+            self.agreement.pop(doubtful, None)
 
     def unchecked(self) -> list[str]:
         """Images whose agreement is not known yet; a single label has nothing to agree with."""

@@ -43,6 +43,7 @@ class LearningService:
         registry: names of the label values.
         open_base: makes a segmenter that has learned nothing, for the first label.
         read_case: reads the label of an image, its values those of the registry.
+        passes: whether what `read_case` raised may pass by itself; then it is tried again every 30 s.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class LearningService:
         registry: StructureRegistry,
         open_base: Callable[[], VolumeSegmenter],
         read_case: Callable[[str], LabelledCase],
+        passes: Callable[[Exception], bool] = lambda error: False,
     ) -> None:
         self._serving, self._snapshots, self._registry = serving, serving.snapshots, registry
-        self._open_base, self._read_case = open_base, read_case
+        self._open_base, self._read_case, self._passes = open_base, read_case, passes
         self._condition = threading.Condition()
         self._queue: dict[str, str | None] = {}
+        self._later: dict[str, str | None] = {}
         self._wanted = False
         self._busy = False
         self._now: dict[str, str] = {}
@@ -139,6 +142,7 @@ class LearningService:
         with self._condition:
             for image, sha256 in tasks.items():
                 self._queue.pop(image, None)
+                self._later.pop(image, None)
                 self._queue[image] = sha256
             self._wanted = True
             self._interrupt.cancel()
@@ -158,7 +162,10 @@ class LearningService:
     def _next_batch(self) -> dict[str, str | None] | None:
         """What to learn (sha256) and to forget (None) next; None to stop."""
         with self._condition:
-            self._condition.wait_for(lambda: self._stop.cancelled or self._wanted or self._queue)
+            while not self._condition.wait_for(
+                lambda: self._stop.cancelled or self._wanted or self._queue, RETRY_SECONDS if self._later else None
+            ):
+                self._queue, self._later = self._later, {}
             if self._stop.cancelled:
                 return None
             batch = {image: self._queue.pop(image) for image in list(self._queue)[:BATCH]}
@@ -186,6 +193,9 @@ class LearningService:
             outcome = self._apply(segmenter, notes, self._take_out_merged(segmenter, notes) | batch)
             names = self._structures()
             segmenter.structures = {value: names.get(value, name) for value, name in segmenter.structures.items()}
+            if outcome.done:
+                with self._condition:
+                    self._agreement = {image: v for image, v in self._agreement.items() if image in notes.agreement}
             if outcome.done or segmenter.structures != before:
                 other = snapshot.notes if snapshot else {}
                 self._publish(segmenter, {**other, **vars(notes), "reason": outcome.reason})
@@ -202,8 +212,13 @@ class LearningService:
             self._snapshots.withdraw()
 
     def _take_out_merged(self, segmenter: VolumeSegmenter, notes: LabelNotes) -> dict[str, str | None]:
-        """Forget labels with values that were merged into others, and return them to be learned again."""
+        """Forget labels with values that were merged into others, and return them to be learned again.
+
+        A U-Net that tells them apart goes: it would speak against the one where it sees the other.
+        """
         merged = segmenter.structures.keys() - self._structures().keys()
+        if segmenter.unet is not None and merged & set(segmenter.unet.values):
+            segmenter.unet = None
         images = [image for image, case in segmenter.pool.cases.items() if merged & case.known]
         again = {image: notes.learned.get(image) for image in images}
         if images:
@@ -229,6 +244,9 @@ class LearningService:
                 raise
             except Exception as error:
                 outcome.errors[image] = _sentence(error)
+                if self._passes(error):
+                    with self._condition:
+                        self._later[image] = sha256
         return outcome
 
     def _learn(self, segmenter: VolumeSegmenter, notes: LabelNotes, image: str, sha256: str) -> None:

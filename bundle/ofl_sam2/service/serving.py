@@ -41,8 +41,8 @@ class Serving:
                 if self._loaded is not None and self._loaded[0] == snapshot:
                     return self._loaded
                 try:
-                    backbone = self._loaded[1].backbone if self._loaded else None
-                    self._loaded = snapshot, load_model(snapshot.folder, self._device, self._cache, backbone)
+                    before = self._loaded[1] if self._loaded else None
+                    self._loaded = snapshot, load_model(snapshot.folder, self._device, self._cache, before)
                     return self._loaded
                 except (OFLError, OSError):
                     if snapshot == self.snapshots.current():  # else it was removed while it was loaded

@@ -14,6 +14,7 @@ from ofl_sam2.errors import InputError, ModelError
 
 _BACKGROUND = "background"
 _MAX_VALUE = 255
+MOST_UNNAMED = 128
 _MAX_NAME = 100
 
 
@@ -66,11 +67,11 @@ class StructureRegistry:
             labels: integers in any shape.
             label_info: `[{"name": ..., "idx": ...}, ...]`, the client's names of its values; entries for values that
                 do not occur are checked but add nothing. None or empty: the values are the registry's own, and unknown
-                ones are named `structure_<value>`.
+                ones, 128 at most, are named `structure_<value>`.
 
         Raises:
             InputError: a value without a name, two names of one value or two values of one name, more than 255
-                structures; nothing was added.
+                structures, too many unknown ones; nothing was added.
         """
         values = [int(value) for value in np.unique(labels) if value]
         given = _client_names(label_info) if label_info else None
@@ -175,7 +176,13 @@ class _Names:
 
     def own_values(self, values: Sequence[int]) -> dict[int, int]:
         """What the registry's own values mean now; unknown ones become structures."""
-        for value in sorted(set(values) - set(self.current.values()) - set(self.merged)):
+        unknown = sorted(set(values) - set(self.current.values()) - set(self.merged))
+        if len(unknown) > MOST_UNNAMED:
+            raise InputError(
+                f"The label holds {len(unknown)} unknown values without a name. Is it an image instead of a label? "
+                "Else send label_info with a name for each value."
+            )
+        for value in unknown:
             name = f"structure_{value}"
             if name in self.values:
                 raise InputError(

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.errors import ModelError
@@ -40,7 +40,7 @@ class EpisodeTraining:
         self.copies, self.settings, self.budget = copies, settings, budget
         self.backbone, self._shown = segmenter.backbone, segmenter.learner
         self.learner = copy.deepcopy(segmenter.learner)
-        self.average = AveragedModel(self.learner, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGED))
+        self.average = AveragedModel(self.learner, multi_avg_fn=_average)
         self.bank = EpisodeBank(segmenter.backbone, copies.volumes, tuple(segmenter.structures))
         self.dice = Dice(torch.Generator().manual_seed(settings.seed + 1))
         projection = list(self.learner.projection.parameters())
@@ -171,6 +171,13 @@ class EpisodeTraining:
         self.dice.generator.set_state(state["generator"])
         self.reports = [EpochReport(**entry) for entry in state["reports"]]
         self.epochs, self.spent = len(self.reports), state["spent"]
+
+
+@torch.no_grad()
+def _average(averaged: Sequence[Tensor], current: Sequence[Tensor], steps: Tensor | int) -> None:
+    """The mean of the first fifty steps, then the exponential running average."""
+    for mean, value in zip(averaged, current, strict=True):
+        mean.lerp_(value, max(1 - _AVERAGED, 1 / (int(steps) + 1)))
 
 
 def _fingerprint(segmenter: VolumeSegmenter, volumes: Sequence[PooledCase], settings: TrainingSettings) -> str:

@@ -1,5 +1,6 @@
 """How to train, how it goes on, and what it came to."""
 
+import math
 from dataclasses import dataclass
 
 from ofl_sam2.errors import InputError
@@ -33,8 +34,8 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.minutes <= 0 or (self.epochs is not None and self.epochs <= 0):
-            raise InputError("Training needs a positive number of minutes and epochs.")
+        if not 0 < self.minutes < math.inf or (self.epochs is not None and self.epochs <= 0):
+            raise InputError("Training needs a finite, positive number of minutes and epochs.")
 
 
 @dataclass(frozen=True)

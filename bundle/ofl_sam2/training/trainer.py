@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import torch
 from ignite.engine import Engine
 
 from ofl_sam2.dataset import LabelledCase
@@ -23,7 +24,7 @@ from ofl_sam2.training.held_out import ENOUGH_CASES, HeldOut
 from ofl_sam2.training.processes import rank, wait, world_size
 from ofl_sam2.training.settings import EpochReport, TrainingResult, TrainingSettings
 
-_SLICES_PER_MINUTE = 80
+_SLICES_PER_MINUTE, _COPIES = 80, 0.25
 _MOST_ASIDE = 0.5
 _UNET, _MANY_UNET, _MINUTES_FOR_BOTH = 0.4, 0.6, 2.0
 
@@ -109,9 +110,11 @@ def _fit_learner(
     held_out = HeldOut.choose(pooled)
     if not any(rest.known & segmenter.structures.keys() for c in pooled if (rest := held_out.without(c))):
         held_out = HeldOut({})  # nothing else teaches
-    room = min(settings.max_slices, round(_SLICES_PER_MINUTE * settings.minutes * share))
+    seconds = 60 * settings.minutes * share
+    bounds = settings.max_slices, _SLICES_PER_MINUTE * seconds / 60, _COPIES * seconds / _seconds_a_slice(segmenter)
+    room = round(min(bounds))
     copies = FreshCopies(segmenter, cases, names, held_out, settings.copies, room, settings.seed)
-    run = EpisodeTraining(segmenter, copies, settings, 60 * settings.minutes * share)
+    run = EpisodeTraining(segmenter, copies, settings, seconds)
     if checkpoint is not None and checkpoint.is_file():
         run.resume(checkpoint)
     copies.start(run.steps, Watch(encoded, cancel))
@@ -127,6 +130,17 @@ def _fit_learner(
     if not improved:
         segmenter.learner.load_state_dict(old)
     return TrainingResult(reports, before, after, improved)
+
+
+@torch.no_grad()
+def _seconds_a_slice(segmenter: VolumeSegmenter) -> float:
+    """How long SAM2 takes to encode a slice."""
+    side = segmenter.backbone.image_size
+    blank = torch.zeros(1, 3, side, side, device=segmenter.device)
+    for _ in range(2):  # the first time, memory is made ready
+        started = time.perf_counter()
+        segmenter.backbone.encode_images(blank).stride16.sum().item()
+    return max(time.perf_counter() - started, 1e-6)
 
 
 def _unet_share(segmenter: VolumeSegmenter, cases: Sequence[LabelledCase], minutes: float) -> float:

@@ -97,7 +97,8 @@ def fit_unet(
     plan = Plan.of(cases[number].volume for number in chosen).coarsened(MOST_VOXELS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = begin_pretrained(VoxelUNet(plan, structures, cases[chosen[0]].volume.colour)).to(device).train()
+        colour, window = cases[chosen[0]].volume.colour, viewpoint.settings.ct_window
+        unet = begin_pretrained(VoxelUNet(plan, structures, colour, ct_window=window)).to(device).train()
         most = max(1, MOST_VOLUMES // len(chosen))
         ready, whole = dict[int, list[_Sample]](), set[int]()
         for number in chosen:

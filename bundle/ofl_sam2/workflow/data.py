@@ -47,8 +47,17 @@ def image_list(
     return [{"image": str(case.image)} for case in found if case.name not in done]
 
 
-def labelled_list(images: str, labels: str, cases: Sequence[str] | str | None = None) -> list[dict[str, str]]:
+def labelled_list(
+    images: str,
+    labels: str,
+    cases: Sequence[str] | str | None = None,
+    unless: Sequence[str] | str = (),
+) -> list[dict[str, str]]:
     """The labelled images of two folders, as `[{"image": path, "label": path}, ...]`; none where `cases` is empty.
+
+    Args:
+        images, labels, cases: see `labelled_cases`.
+        unless: names of cases to leave out.
 
     Raises:
         InputError: as in `labelled_cases`, with the config keys in front.
@@ -57,7 +66,8 @@ def labelled_list(images: str, labels: str, cases: Sequence[str] | str | None = 
         return []
     with config_key("image_dir and label_dir"):
         found = labelled_cases(images, labels, cases)
-    return [{"image": str(case.image), "label": str(case.label)} for case in found]
+    left_out = _names(unless) or []
+    return [{"image": str(c.image), "label": str(c.label)} for c in found if c.name not in left_out]
 
 
 class LoadCase(Transform):

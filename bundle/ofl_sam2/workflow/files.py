@@ -45,7 +45,12 @@ class VolumeReader(ImageReader):
 
 
 class AtomicNibabelWriter(NibabelWriter):
-    """MONAI's NIfTI writer; a run that ends early leaves no half-written file."""
+    """MONAI's NIfTI writer, but all axes of the image stay, and a run that ends early leaves no half-written file."""
+
+    def set_data_array(self, data_array: Any, channel_dim: int | None = 0, **kwargs: Any) -> None:
+        """Take maps of one channel; MONAI's writer would keep the first time of a sequence only."""
+        super().set_data_array(data_array, channel_dim, squeeze_end_dims=False, spatial_ndim=None)
+        self.data_obj: Any = self.data_obj[..., 0]
 
     def write(self, filename: PathLike, verbose: bool = False, **kwargs: Any) -> None:
         with atomic_path(Path(str(filename))) as temporary:

@@ -40,7 +40,7 @@ class CaseScore(CumulativeIterationMetric):
         structures = self.network.segmenter.structures
         rows = []
         for prediction, reference in zip(y_pred[:, 0], y.as_tensor()[:, 0], strict=True):
-            labels = prediction.cpu().numpy(), reference.cpu().numpy()
+            labels = prediction.cpu().numpy(), np.rint(reference.cpu().numpy())  # as `read_labels` rounds
             scores = score(*labels, (i, j, k), structures, (self.metric,))
             rows.append([scores[name][self.metric] for name in structures.values()])
         return torch.tensor(rows, dtype=torch.float64)

@@ -182,7 +182,7 @@ def open_model(folder: Path | None, backbone: str | None, image_size: int | None
 
 def use_bundled_weights() -> None:
     """Look for SAM2.1 weights where `monai.bundle download_large_files` puts them, unless told otherwise."""
-    if (BUNDLE / "weights").is_dir():
+    if any((BUNDLE / "weights").glob("*.pt")):
         os.environ.setdefault(ENVIRONMENT, str(BUNDLE / "weights"))
 
 

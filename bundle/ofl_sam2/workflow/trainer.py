@@ -16,7 +16,7 @@ from ofl_sam2.dataset import LabelledCase, parse_structures
 from ofl_sam2.errors import InputError
 from ofl_sam2.jobs import CHECKPOINT
 from ofl_sam2.store import save_model
-from ofl_sam2.training.processes import rank, wait
+from ofl_sam2.training.processes import rank, wait, world_size
 from ofl_sam2.training.settings import TrainingSettings
 from ofl_sam2.training.trainer import train
 from ofl_sam2.workflow.network import FewShotNetwork, open_model
@@ -38,6 +38,7 @@ class EpisodicTrainer:
         model_dir: folder of the model; one that exists is extended.
         max_epochs: limit in epochs, if that comes before `minutes`.
         minutes: time limit.
+        episodes: per step, at least as many as there are processes.
         seed: of augmentation and episodes.
         structures: what to learn, such as "1=anterior,2=posterior"; default every value.
         backbone, image_size: of a new model, see `open_segmenter`.
@@ -53,6 +54,7 @@ class EpisodicTrainer:
         model_dir: str,
         max_epochs: int | None = None,
         minutes: float = 5.0,
+        episodes: int = 2,
         seed: int = 0,
         structures: str | None = None,
         backbone: str | None = None,
@@ -61,8 +63,12 @@ class EpisodicTrainer:
         train_handlers: Sequence[Any] = (),
         early_stop: EarlyStopHandler | None = None,
     ) -> None:
-        with config_key("minutes, max_epochs and seed"):
-            self.settings = TrainingSettings(minutes=minutes, epochs=max_epochs, seed=seed)
+        with config_key("minutes, max_epochs, episodes and seed"):
+            self.settings = TrainingSettings(minutes=minutes, epochs=max_epochs, episodes=episodes, seed=seed)
+            if world_size() > episodes:
+                raise InputError(
+                    f"{world_size()} processes cannot share {episodes} episodes. Give --episodes {world_size()}."
+                )
         with config_key("structures"):
             self.structures = parse_structures(structures) if structures else None
         self.network, self.dataset, self.model_dir = network, dataset, Path(model_dir)

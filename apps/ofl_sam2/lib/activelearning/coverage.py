@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.datastore import Datastore
 from torch import Tensor
 from torch.nn import functional
@@ -87,8 +88,10 @@ class Coverage:
         return self._workspace.cache.put(self._key(image, datastore, encoder), {"descriptor": descriptor})["descriptor"]
 
     def _key(self, image: str, datastore: Datastore, encoder: VolumeSegmenter) -> str:
-        """Cache key of an image as it lies on disk now."""
-        path = Path(datastore.get_image_info(image).get("path") or image)
-        state = str((path.stat().st_mtime_ns, path.stat().st_size)) if path.exists() else ""
+        """Cache key of an image as it lies on disk now; a DICOM series never changes under its UID."""
+        path, state = Path(image), ""
+        if not isinstance(datastore, DICOMWebDatastore):
+            path = Path(datastore.get_image_info(image).get("path") or image)
+            state = str((path.stat().st_mtime_ns, path.stat().st_size)) if path.exists() else ""
         model = f"{encoder.backbone_hash} {encoder.backbone.image_size}"
         return self._workspace.cache.key("image descriptor", model, str(path), image, state)

@@ -34,8 +34,11 @@ class ArchiveError(OFLError):
         self.status = status
 
 
-def no_answer(url: str) -> ArchiveError:
-    """The error that says that the server at `url` cannot be reached."""
+def no_answer(url: str, error: requests.RequestException) -> ArchiveError:
+    """The error that says why the server at `url` cannot be reached."""
+    if isinstance(error, requests.exceptions.SSLError):
+        advice = "If a hospital's authority signed its certificate, name that in REQUESTS_CA_BUNDLE."
+        return ArchiveError(f"No encrypted connection to the DICOMweb server {url}: {error}. {advice}")
     return ArchiveError(f"The DICOMweb server {url} does not answer. Start it, or check the address and the network.")
 
 
@@ -153,7 +156,7 @@ class Archive:
                 raise ArchiveError(f"{server} does not have {what} (any more). Refresh the list.", 404) from error
             raise ArchiveError(f"{server}, asked for {what}, answered {status}. Its log says why.") from error
         except (requests.ConnectionError, requests.Timeout) as error:
-            raise no_answer(self.url) from error
+            raise no_answer(self.url, error) from error
         except _NO_DICOM as error:
             raise ArchiveError(f"{server}, asked for {what}, answered what is no DICOM: {error}.") from error
 

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from lib.datastores.files import remove
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.errors import InputError
-from ofl_sam2.files import read_volume
+from ofl_sam2.files import nifti_image, read_volume
 
 _SUFFIX = ".nii.gz"
 
@@ -88,7 +88,7 @@ class SeriesCopies:
         if volume.grid[2] < 2:
             raise InputError(f"Series {uid} has a single slice. Choose a series that is a volume.")
         with atomic_path(target) as temporary:
-            nib.save(nib.Nifti1Image(volume.voxels, volume.affine), temporary)
+            nib.save(nifti_image(volume, volume.voxels), temporary)
 
     def _make_room(self) -> None:
         used = {uid: self.volume(uid).stat().st_mtime for uid in self.uids()}

@@ -203,11 +203,16 @@ class JournaledDICOMWebDatastore(JournaledLocalDatastore, DICOMWebDatastore):
         """
         with self._refreshing:
             images = self._catalog.series()
-            for found in self._foreign.new():
+            for found in self._foreign.new({series.study for series in images.values()}):
                 image, name = images.get(found.image), f"Segmentation {found.series.uid}"
-                if image is None and not found.draft:
+                if found.draft:
+                    continue
+                if image is None:
                     warn_once(f"{name} is passed over: no series '{found.image}', which it refers to, is listed.")
-                if image is None or found.draft or (image.instances or found.instances) < found.instances:
+                    continue
+                if image.instances is not None and image.instances < found.instances:
+                    counts = f"{found.instances} images, but the series holds {image.instances}"
+                    warn_once(f"{name} is passed over while it refers to {counts}.")
                     continue
                 try:
                     self._take_in_segmentation(found)
@@ -247,6 +252,7 @@ class JournaledDICOMWebDatastore(JournaledLocalDatastore, DICOMWebDatastore):
             try:
                 if count != 1:
                     raise InputError(f"The series holds {count} objects, but a label is one.")
+                self._foreign.check_newer(found)
                 details["label_info"] = read_segmentation(dicom, Path(self.get_image_uri(image)), label)
                 self.check(image, label, details["label_info"])
                 with self._saving:
@@ -270,7 +276,7 @@ class JournaledDICOMWebDatastore(JournaledLocalDatastore, DICOMWebDatastore):
         if self._catalog.last:
             super()._complete(images)
 
-    def _settle_missing(self, missing: Sequence[Key], known: int) -> None:
+    def _settle_missing(self, missing: Sequence[Key], known: Sequence[Key]) -> None:
         """Put labels back: nobody deletes them in a cache."""
         self._put_in_place(missing)
 

@@ -1,5 +1,6 @@
 """Segmentations on a DICOMweb server that the journal does not know yet."""
 
+from collections.abc import Container
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -24,14 +25,17 @@ class ForeignSegmentations:
         self._archive, self._journal = archive, journal
         self._described: dict[str, StoredSegmentation] = {}
 
-    def new(self) -> list[StoredSegmentation]:
-        """The segmentations that the journal does not know, oldest first; those that cannot be read are logged.
+    def new(self, studies: Container[str]) -> list[StoredSegmentation]:
+        """The segmentations of studies (UIDs) that the journal does not know, oldest first.
+
+        Those that cannot be read are logged.
 
         Raises:
             ArchiveError: the server does not answer, or refuses.
         """
         stored = self._archive.series({"Modality": "SEG"})
-        new = stored.keys() - {event.details.get("SeriesInstanceUID") for event in self._journal.history()}
+        known = {event.details.get("SeriesInstanceUID") for event in self._journal.history()}
+        new = {uid for uid, series in stored.items() if series.study in studies} - known
         for uid in new - self._described.keys():
             try:
                 self._described[uid] = self._archive.segmentation(stored[uid])

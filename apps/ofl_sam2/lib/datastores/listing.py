@@ -45,7 +45,7 @@ class ListedDatastore(LocalDatastore):
         Path(studies).mkdir(parents=True, exist_ok=True)
         LocalDatastore.__init__(self, str(studies), auto_reload=False, read_only=True)
         if self._config_seen is None:
-            self._list()
+            self._datastore.objects = self._listed()
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         """Copy an image file into the studies.
@@ -127,12 +127,13 @@ class ListedDatastore(LocalDatastore):
 
     def _relist(self) -> None:
         """List the images and labels that are there, and write the list if it changed."""
-        before = self._datastore.objects
-        self._list()
-        if self._datastore.objects != before or not Path(self._datastore_config_path).exists():
-            self._update_datastore_file()
+        objects = self._listed()
+        if objects != self._datastore.objects or not Path(self._datastore_config_path).exists():
+            with self._writing_config(objects):
+                pass
+            self._datastore.objects = objects
 
-    def _list(self) -> None:
+    def _listed(self) -> dict[str, ImageLabelModel]:
         latest = self._journal.latest()
         labels: dict[str, dict[str, DataModel]] = defaultdict(dict)
         for (image_id, tag), path in find_labels(self._labels).items():
@@ -143,7 +144,7 @@ class ListedDatastore(LocalDatastore):
             entry = self._datastore.objects.get(image_id)
             image = _same_or_new(entry.image if entry else None, path, None)
             objects[image_id] = ImageLabelModel(image=image, labels=labels[image_id])
-        self._datastore.objects = objects
+        return objects
 
     def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
         """Read the list again if another process wrote it; a damaged one is put aside, and made from the files."""

@@ -1,10 +1,13 @@
 """A folder of studies whose labels survive crashes: journaled first, then written atomically."""
 
 import logging
+import threading
+from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from monailabel.datastore.local import ImageLabelModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.exception import LabelNotFoundException
@@ -16,6 +19,7 @@ from ofl_sam2.errors import InputError, OFLError
 from ofl_sam2.files import read_labels
 from ofl_sam2.service.journal import Key, LabelEvent, LabelJournal, check_image_id, check_tag
 from ofl_sam2.service.label_files import content_sha256, copy_label
+from ofl_sam2.service.structures import MOST_UNNAMED
 
 FINAL = DefaultLabelTag.FINAL.value
 _LOOK_PERIOD_S = 10
@@ -43,13 +47,14 @@ class JournaledLocalDatastore(ListedDatastore):
         self.on_delete: Callable[[str], None] = lambda image_id: None
         self._hashes = ContentHashes()
         self._watcher: FolderWatcher | Repeater | None = None
+        self._telling, self._told = threading.Lock(), journal.latest()
         super().__init__(studies, journal)
 
     def watch(self) -> None:
         """From now on see images and labels that others put into the folder, change or remove."""
         folder = Path(self._datastore_path)
         try:
-            self._watcher = FolderWatcher(folder, self.refresh, polling=self._is_on_mount(str(folder)))
+            self._watcher = FolderWatcher(folder, self.refresh)
         except OSError as error:
             logger.warning("%s cannot be watched (%s); it is looked at every %d s", folder, error, _LOOK_PERIOD_S)
             self._watcher = Repeater(self.refresh, _LOOK_PERIOD_S)
@@ -88,8 +93,11 @@ class JournaledLocalDatastore(ListedDatastore):
                 with self._lock:
                     self._put_back(event)
                 raise
-            self._journal.record_written(event)
-        self._tell(event.key, event)
+            try:
+                self._journal.record_written(event)
+            except OFLError as error:  # it is journaled and in its place; `refresh` completes it
+                logger.error("That the label of '%s' was saved is noted later: %s", image_id, error)
+        self._tell()
         return image_id
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
@@ -107,7 +115,7 @@ class JournaledLocalDatastore(ListedDatastore):
                 remove(path)
             self._journal.record_delete(label_id, tag)
             self._relist()
-        self._tell((label_id, tag), None)
+        self._tell()
 
     def remove_image(self, image_id: str) -> None:
         """Remove an image and its labels; of a link only the link.
@@ -118,12 +126,12 @@ class JournaledLocalDatastore(ListedDatastore):
         with self._saving, self._lock:
             self._init_from_datastore_file()
             entry = self._require_image(image_id)
+            path = self._images / f"{image_id}{entry.image.ext}"
+            parts = [*voxel_files(path), path]
             for tag in list(entry.labels):
                 self.remove_label(image_id, tag)
-            path = self._images / f"{image_id}{entry.image.ext}"
-            for part in voxel_files(path):
+            for part in parts:
                 remove(part)
-            remove(path)
             self._relist()
 
     def holds_a_journaled_label(self) -> bool:
@@ -145,7 +153,7 @@ class JournaledLocalDatastore(ListedDatastore):
     def refresh(self) -> None:
         """Take in what others changed: a new label is journaled as saved, one that vanished as deleted.
 
-        Several labels that vanish and leave none are put back: more likely somebody lost or moved their folder.
+        Several labels of a tag that vanish and leave none are put back: more likely somebody lost or moved the folder.
         """
         self._bring_together(repair=False)
 
@@ -185,27 +193,25 @@ class JournaledLocalDatastore(ListedDatastore):
                 self._placed(before)
 
     def _bring_together(self, repair: bool) -> None:
-        with self._saving:
-            before = self._journal.latest()
-            with self._lock:
-                self._init_from_datastore_file()
-                images = self._find_images()
-            self._complete(images)
-            with self._lock:
-                if images:
-                    self._labels.mkdir(exist_ok=True)
-                labels, latest = find_labels(self._labels), self._journal.latest()
-                for key, path in labels.items():
-                    if key[0] in images:
-                        self._take_in(key, path, latest.get(key), repair)
-                self._forget_without_image(images, labels)
-                here = [key for key in latest if key[0] in images]
-                self._settle_missing([key for key in here if key not in labels], len(here))
-                self._relist()
-            after = self._journal.latest()
-        for key in before.keys() | after.keys():
-            if before.get(key) != after.get(key):
-                self._tell(key, after.get(key))
+        try:
+            with self._saving:
+                with self._lock:
+                    self._init_from_datastore_file()
+                    images = self._find_images()
+                self._complete(images)
+                with self._lock:
+                    if images:
+                        self._labels.mkdir(exist_ok=True)
+                    labels, latest = find_labels(self._labels), self._journal.latest()
+                    for key, path in labels.items():
+                        if key[0] in images:
+                            self._take_in(key, path, latest.get(key), repair)
+                    self._forget_without_image(images, labels)
+                    here = [key for key in latest if key[0] in images]
+                    self._settle_missing([key for key in here if key not in labels], here)
+                    self._relist()
+        finally:
+            self._tell()
 
     def _complete(self, images: Container[str]) -> None:
         """Finish saves that were journaled but not finished; one that cannot be is left for later."""
@@ -221,20 +227,22 @@ class JournaledLocalDatastore(ListedDatastore):
                 if key in latest and key not in labels:
                     self._journal.record_delete(*key)
 
-    def _settle_missing(self, missing: Sequence[Key], known: int) -> None:
-        """Journal labels whose file is missing as deleted; if it is all of several that are `known`, put them back."""
-        folders = all((self._labels / tag).is_dir() for _, tag in missing)
-        if folders and (known == 1 or len(missing) < known):
-            for key in missing:
-                self._journal.record_delete(*key)
-        elif missing:
-            logger.warning(
-                "All %d labels in %s were gone at once. They are put back from the journal; "
-                "remove labels that are not wanted with DELETE /datastore/label.",
-                len(missing),
-                self._labels,
-            )
-            self._put_in_place(missing)
+    def _settle_missing(self, missing: Sequence[Key], known: Sequence[Key]) -> None:
+        """Journal labels whose file is missing as deleted; if it is all of several `known` of a tag, put them back."""
+        counts = Counter(tag for _, tag in known)
+        for tag, gone in Counter(tag for _, tag in missing).items():
+            keys, folder = [key for key in missing if key[1] == tag], self._labels / tag
+            if folder.is_dir() and (counts[tag] == 1 or gone < counts[tag]):
+                for key in keys:
+                    self._journal.record_delete(*key)
+            else:
+                logger.warning(
+                    "All %d labels in %s were gone at once. They are put back from the journal; "
+                    "remove labels that are not wanted with DELETE /datastore/label.",
+                    gone,
+                    folder,
+                )
+                self._put_in_place(keys)
 
     def _put_in_place(self, keys: Sequence[Key]) -> None:
         """Write labels as they are journaled."""
@@ -258,8 +266,10 @@ class JournaledLocalDatastore(ListedDatastore):
         try:
             if known is not None and self._hashes.of(path) == known.sha256:
                 return
-            read_labels(path)
-            self._journal.record_written(self._journal.record_save(*key, path, {"source": "external"}))
+            labels, details = read_labels(path), dict[str, Any](source="external")
+            if known is not None and key[1] == FINAL and (names := known.details.get("label_info")):
+                details["label_info"] = _names_for(labels.voxels, names)
+            self._journal.record_written(self._journal.record_save(*key, path, details))
         except InputError as error:
             logger.warning("A label that nobody saved here cannot be used: %s", error)
             if repair and known is not None and self._placed(known):
@@ -267,12 +277,26 @@ class JournaledLocalDatastore(ListedDatastore):
         except (OSError, OFLError) as error:
             logger.error("The label of '%s' could not be journaled: %s", key[0], error)
 
-    def _tell(self, key: Key, event: LabelEvent | None) -> None:
-        image_id, tag = key
-        if tag == FINAL and event is not None:
-            self.on_label(image_id, event)
-        elif tag == FINAL:
-            self.on_delete(image_id)
+    def _tell(self) -> None:
+        """Tell of all final labels that came, changed or went since the last time, whoever did it."""
+        with self._telling:
+            latest = self._journal.latest()
+            changed = [key for key in self._told.keys() | latest.keys() if self._told.get(key) != latest.get(key)]
+            self._told = latest
+        for image_id in (image_id for image_id, tag in changed if tag == FINAL):
+            if event := latest.get((image_id, FINAL)):
+                self.on_label(image_id, event)
+            else:
+                self.on_delete(image_id)
+
+
+def _names_for(labels: np.ndarray, names: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The names of a label before for one that takes its place; what it did not hold is named by its value."""
+    named = {entry["idx"] for entry in names}
+    new = [int(value) for value in np.unique(labels) if value and value not in named]
+    if len(new) > MOST_UNNAMED:
+        raise InputError(f"It holds {len(new)} values without a name. Is it an image instead of a label?")
+    return [*names, *({"name": f"structure_{value}", "idx": value} for value in new)]
 
 
 def _tag(tag: str) -> str:

@@ -5,6 +5,7 @@ orientation alone, so frames may be cropped, flipped, in any order, or left out 
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,7 @@ def make_segmentation(
     except Exception as error:  # headers can lack or damage whatever highdicom copies from them
         raise InputError(f"DICOM SEG cannot refer to series {image}: {error}. Repair its headers.") from error
     segmentation.SpecificCharacterSet = "ISO_IR 192"
+    segmentation.TimezoneOffsetFromUTC = time.strftime("%z")
     _add_blank_frames(segmentation, [number for number, value in enumerate(values, start=1) if value not in found])
     return segmentation
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 from watchdog.events import (
     EVENT_TYPE_CLOSED,
     EVENT_TYPE_CREATED,
@@ -18,6 +19,9 @@ from watchdog.observers import Observer
 from watchdog.observers.polling import PollingObserver
 
 _CHANGES = (EVENT_TYPE_CREATED, EVENT_TYPE_DELETED, EVENT_TYPE_MOVED, EVENT_TYPE_MODIFIED, EVENT_TYPE_CLOSED)
+
+_POLL_PERIOD_S = 10
+_REMOTE = ("9p", "afs", "beegfs", "ceph", "cifs", "drvfs", "fuse", "lustre", "nfs", "smb", "vboxsf", "virtiofs")
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +70,16 @@ class FolderWatcher(FileSystemEventHandler):
     Args:
         folder: watched with all subfolders.
         action: called in a thread of its own.
-        polling: look at the files regularly, for file systems that report no changes.
+
+    File systems of other machines report no changes made there, so their files are looked at every 10 s.
 
     Raises:
         OSError: the system watches no more folders.
     """
 
-    def __init__(self, folder: Path, action: Callable[[], None], polling: bool = False) -> None:
+    def __init__(self, folder: Path, action: Callable[[], None]) -> None:
         self._repeater = Repeater(action)
-        self._observer = PollingObserver() if polling else Observer()
+        self._observer = PollingObserver(_POLL_PERIOD_S) if is_remote(folder) else Observer()
         self._observer.schedule(self, str(folder), recursive=True)
         try:
             self._observer.start()
@@ -94,3 +99,10 @@ class FolderWatcher(FileSystemEventHandler):
         visible = any(not path.name.startswith(".") for path in paths)
         if event.event_type in _CHANGES and visible and not content_of_folder:
             self._repeater.wake()
+
+
+def is_remote(folder: Path) -> bool:
+    """Whether a folder lies on a network share, or in what a virtual machine or FUSE shows of another file system."""
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    kinds = [mounts[parent] for parent in (folder.resolve(), *folder.resolve().parents) if parent in mounts]
+    return bool(kinds) and kinds[0].lower().startswith(_REMOTE)

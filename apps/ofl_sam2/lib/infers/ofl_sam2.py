@@ -1,5 +1,6 @@
 """The inference task `ofl_sam2`: every learned structure of an image, without prompts."""
 
+import logging
 import os
 import tempfile
 import time
@@ -13,13 +14,15 @@ from lib.infers.options import InferOptions, offered, read_options
 from lib.results import result_key
 from lib.scores import Score
 from lib.workspace import Workspace
-from ofl_sam2.errors import InputError
+from ofl_sam2.errors import InputError, OFLError
 from ofl_sam2.files import image_suffix, read_volume, write_labels
 from ofl_sam2.segmenter import Segmentation, VolumeSegmenter, with_settings
 from ofl_sam2.service.label_files import LABEL_SUFFIXES
 from ofl_sam2.service.snapshots import Snapshot
 from ofl_sam2.settings import Settings
 from ofl_sam2.volume import Volume
+
+logger = logging.getLogger(__name__)
 
 _DESCRIPTION = "Segments the structures learned from the saved labels, without prompts (OFL-SAM2)"
 
@@ -76,12 +79,18 @@ class OFLSAM2Infer(InferTask):
                     self._workspace.results.put(key, result)
         segmented = time.perf_counter()
         if request.get("image_id") and not options.changes:
-            self._workspace.scores.put(image_id, Score(_overall(result), snapshot.version))
+            try:
+                self._workspace.scores.put(image_id, Score(_overall(result), snapshot.version))
+            except (OFLError, OSError) as error:  # it only helps to choose the next image
+                logger.warning("The quality of %s is not kept: %s", image_id, error)
         labels, names, left_out = _selected(result, options)
         file = _write(labels, volume, request.get("result_extension"))
         finished = time.perf_counter()
+        if not segmenter.learner.fitted:
+            logger.warning("The learner is not fitted to %s yet: train before you rely on results.", snapshot.folder)
         return file, {
             **_report(result, snapshot),
+            "fitted": segmenter.learner.fitted,
             "label_names": names,
             "left_out": left_out,
             "latencies": {
@@ -104,7 +113,7 @@ def _selected(result: Segmentation, options: InferOptions) -> tuple[np.ndarray, 
 
     Returns:
         The labels; name -> value of the structures in them, because clients name what they find by position; names of
-        the structures left out for their quality. A structure asked for alone has the value 1.
+        the structures left out for their quality.
     """
     wanted = result.structures
     if options.structure is not None:
@@ -112,10 +121,10 @@ def _selected(result: Segmentation, options: InferOptions) -> tuple[np.ndarray, 
     kept = {value: name for value, name in wanted.items() if result.quality[name] >= options.quality_threshold}
     lookup = np.zeros(max(result.structures) + 1, result.labels.dtype)
     for value in kept:
-        lookup[value] = value if options.structure is None else 1
+        lookup[value] = value
     labels = lookup[result.labels]
     present = set(np.unique(labels).tolist())
-    names = {name: int(lookup[value]) for value, name in kept.items() if int(lookup[value]) in present}
+    names = {name: value for value, name in kept.items() if value in present}
     return labels, names, sorted(set(wanted.values()) - set(kept.values()))
 
 

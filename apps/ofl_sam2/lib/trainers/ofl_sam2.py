@@ -9,6 +9,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 from lib.cases import LazyCases, image_path, read_unchanged_case
 from lib.datastores.archive import ArchiveError
+from lib.jobs import ServerToken
 from lib.trainers.stats import TrainingStats
 from lib.workspace import Workspace
 from ofl_sam2.errors import InputError
@@ -76,7 +77,9 @@ class OFLSAM2Trainer(TrainTask):
         if not cases:
             raise InputError("The studies hold no final label to train on. Save one first.")
         self._stats.update(state="encoding", cases=len(cases), left_out=left_out)
-        result = train(segmenter, cases, settings, options.model_root / "training.pt", self._report)
+        checkpoint, token = options.model_root / "training.pt", ServerToken()
+        result = train(segmenter, cases, settings, checkpoint, self._report, cancel=token)
+        token.check()
         version = self._publish(segmenter, trained_on) if result.improved else None
         self._stats.finish(state="done", **_outcome(result, version))
 
@@ -92,9 +95,10 @@ class OFLSAM2Trainer(TrainTask):
             newest = snapshots.current()
             if newest is None:
                 raise InputError("Every label was taken back while the training ran; its result is not published.")
-            segmenter = load_model(newest.folder, options.device, self._workspace.cache, trained.backbone)
+            segmenter = load_model(newest.folder, options.device, self._workspace.cache, like=trained)
             segmenter.learner.load_state_dict(trained.learner.state_dict())
-            segmenter.unet = trained.unet
+            known = set(self._workspace.registry.names().values())
+            segmenter.unet = trained.unet if trained.unet and known.issuperset(trained.unet.values) else None
             segmenter.solve()
             notes = {**newest.notes, "trained_on": trained_on, "reason": "training"}
             return snapshots.publish(segmenter, notes).version
@@ -103,21 +107,23 @@ class OFLSAM2Trainer(TrainTask):
 def _learn_all(
     segmenter: VolumeSegmenter, datastore: Datastore, registry: StructureRegistry, learned: dict[str, str]
 ) -> tuple[LazyCases, dict[str, str], dict[str, str]]:
-    """Learn the final labels that the snapshot, which has `learned` image -> sha256, does not know as they are now.
+    """Learn the final labels that the snapshot, which has `learned` image -> version, does not know as they are now.
 
     Returns:
-        Cases that can be trained on, and image -> sha256 of their labels; the other images and why not.
+        Cases that can be trained on, and image -> version of their labels; the other images and why not.
     """
     cases = LazyCases(lambda image_id: image_path(datastore, image_id))
     trained_on, left_out = dict[str, str](), dict[str, str]()
     for image_id in sorted(datastore.get_labeled_images()):
         try:
-            case, sha256 = read_unchanged_case(datastore, registry, image_id)
-            if image_id not in segmenter.pool.cases or learned.get(image_id) != sha256:
+            case, version = read_unchanged_case(datastore, registry, image_id)
+            if image_id not in segmenter.pool.cases or learned.get(image_id) != version:
+                names = {value: name for name, value in registry.names().items()}
+                segmenter.structures = {value: names.get(value, name) for value, name in segmenter.structures.items()}
                 values = {*segmenter.pool.values(), *case.values}
-                segmenter.learn([case], {value: name for name, value in registry.names().items() if value in values})
+                segmenter.learn([case], {value: name for value, name in names.items() if value in values})
             cases.add(case)
-            trained_on[image_id] = sha256
+            trained_on[image_id] = version
         except (InputError, ArchiveError) as error:
             left_out[image_id] = str(error)
     return cases, trained_on, left_out
