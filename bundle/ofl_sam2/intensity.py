@@ -70,8 +70,7 @@ def window_for(volume: "Volume", labels: NDArray[Any]) -> tuple[float, float] | 
         volume: a labelled volume.
         labels: its label values.
     """
-    sample = _finite_sample(volume.in_order(volume.voxels))
-    if volume.colour or not _is_ct(*_limits(volume.voxels), sample):
+    if volume.colour or not _is_ct(*_limits(volume.voxels), _finite_sample(volume.voxels)):
         return None
     low, high = SOFT_TISSUE
     for value in np.unique(labels[labels > 0]):

@@ -198,10 +198,14 @@ class OFLSAM2App(MONAILabelApp):
         label = file
         if in_studies and request.get("save_label"):
             names = [{"name": name, "idx": value} for name, value in params["label_names"].items()]
-            kept = {name: params[name] for name in _KEPT}
-            details = {"model": request["model"], "label_info": names, "params": kept}
+            details = {
+                "model": request["model"],
+                "label_info": names,
+                "label_names": params["label_names"],
+                "params": {name: params[name] for name in _KEPT},
+            }
             try:
-                label = studies.save_label(image, file, tag, {**details, "label_names": params["label_names"]})
+                label = studies.save_label(image, file, tag, details)
             except BaseException:
                 remove_file(file)
                 raise
