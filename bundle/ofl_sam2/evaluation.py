@@ -264,7 +264,7 @@ def evaluate_folders(
     Raises:
         InputError: a case without a pair, two files of one case, different grids, or distances of frames.
     """
-    pairs = _pair(predictions, labels, cases)
+    pairs, not_predicted = _pair(predictions, labels, cases)
     if structures is None:
         found = {int(value) for _, reference in pairs.values() for value in np.unique(read_labels(reference).voxels)}
         structures = default_structures(sorted(found - {0}))
@@ -280,8 +280,7 @@ def evaluate_folders(
         frames = None if reference.labelled is None else (2, reference.labelled)
         scores = score(predicted, expected, prediction.spacing, structures, metrics, frames, empty, tolerance)
         scored.append(CaseScore(case, scores))
-    missing = () if cases is not None else tuple(c.name for c in find_cases(labels) if c.name not in pairs)
-    return Report(tuple(scored), empty, tolerance, missing, tuple(sorted(others)))
+    return Report(tuple(scored), empty, tolerance, not_predicted, tuple(sorted(others)))
 
 
 def _without_undrawn(prediction: Volume, expected: np.ndarray) -> np.ndarray:
@@ -293,14 +292,17 @@ def _without_undrawn(prediction: Volume, expected: np.ndarray) -> np.ndarray:
     return predicted
 
 
-def _pair(predictions: Path, labels: Path, cases: Sequence[str] | None) -> dict[str, tuple[Path, Path]]:
-    """{case name: (prediction, reference)}."""
+def _pair(
+    predictions: Path, labels: Path, cases: Sequence[str] | None
+) -> tuple[dict[str, tuple[Path, Path]], tuple[str, ...]]:
+    """{case name: (prediction, reference)}, and without `cases` the references that have no prediction."""
     chosen = find_cases(predictions, cases=cases)
     references = {case.name: case.image for case in find_cases(labels)}
     missing = [case.name for case in chosen if case.name not in references]
     if missing:
         raise InputError(f"{labels} holds no reference for {', '.join(missing)}. Add them or name the cases to score.")
-    return {case.name: (case.image, references[case.name]) for case in chosen}
+    pairs = {case.name: (case.image, references.pop(case.name)) for case in chosen}
+    return pairs, () if cases is not None else tuple(references)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -91,13 +91,19 @@ def parse_window(text: str) -> tuple[float, float]:
         >>> parse_window("-1000, 400")
         (-1000.0, 400.0)
     """
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        low = high = math.nan
-    if not -math.inf < low < high < math.inf:
+    window = as_window(text.split(","))
+    if window is None:
         raise InputError(f"'{text}' is no window. Give the lowest and the highest HU, for example -1000,400.")
-    return low, high
+    return window
+
+
+def as_window(limits: Any) -> tuple[float, float] | None:
+    """Two ascending numbers; None where the limits are something else."""
+    try:
+        low, high = map(float, limits)
+    except (TypeError, ValueError):
+        return None
+    return (low, high) if -math.inf < low < high < math.inf else None
 
 
 def _is_ct(low: float, high: float, sample: NDArray[np.float64]) -> bool:

@@ -132,6 +132,10 @@ class VolumeSegmenter:
         self.pools, self.viewpoint, self.structures, self.settings = pools, viewpoint, names, settings
         self.solve()
 
+    def rename(self, names: dict[int, str]) -> None:
+        """Give what was learned other names, label value -> name; what is not named keeps its own."""
+        self.structures = {value: names.get(value, name) for value, name in self.structures.items()}
+
     def forget(self, names: Iterable[str]) -> None:
         """Take labelled cases out of the pools and solve anew; structures that no label holds any more go with them.
 

@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from ofl_sam2.errors import InputError
+from ofl_sam2.intensity import as_window
 
 
 class Order(str, Enum):
@@ -102,7 +103,10 @@ class Settings:
             if field.name != "ct_window":
                 _check(field.name, getattr(self, field.name), type(field.default))
         if self.ct_window is not None:
-            object.__setattr__(self, "ct_window", _window(self.ct_window))
+            window = as_window(self.ct_window)
+            if window is None:
+                raise InputError(f"ct_window is {self.ct_window!r}; it must be two ascending numbers.")
+            object.__setattr__(self, "ct_window", window)
         if not max(self.memory_supports, self.absent_supports + 1) <= self.supports:
             raise InputError(
                 f"supports is {self.supports}; it must be at least memory_supports ({self.memory_supports}) "
@@ -129,16 +133,6 @@ class Settings:
             known = ", ".join(field.name for field in fields(cls))
             raise InputError(f"Unknown settings: {', '.join(unknown)}. Known: {known}.")
         return cls(**values)
-
-
-def _window(limits: Any) -> tuple[float, float]:
-    try:
-        low, high = map(float, limits)
-    except (TypeError, ValueError):
-        low = high = math.nan
-    if not -math.inf < low < high < math.inf:
-        raise InputError(f"ct_window is {limits!r}; it must be two ascending numbers.")
-    return low, high
 
 
 def _check(name: str, value: Any, kind: type) -> None:

@@ -217,7 +217,7 @@ def load_model(
     read = {case.sha256: case for pool in (like.pools.values() if like else ()) for case in pool.cases.values()}
     for stored in index.pool:
         case = read.get(stored.sha256)
-        if case is None or _described(case) != _described(stored):
+        if case is None or _stored_as(case, stored) != stored:
             case = _read_case(folder, stored, backbone)
         segmenter.pools.setdefault(case.view, SupportPool()).add(case)
     segmenter.viewpoint = Viewpoint(index.axis, index.through_plane, backbone.image_size, settings)
@@ -314,13 +314,12 @@ def _write_case(folder: Path, case: PooledCase, reuse: Path | None) -> StoredCas
         tensors = {**vars(case.features), "labels": case.labels}
         content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         stored = _write_named(folder, "pool", content, reuse)
-    return StoredCase(**vars(stored), case=case.name, slices=case.slices, axis=case.view.axis, focus=case.focus)
+    return _stored_as(case, stored)
 
 
-def _described(case: PooledCase | StoredCase) -> tuple[Any, ...]:
-    if isinstance(case, PooledCase):
-        return case.name, case.slices, case.view.axis, case.focus
-    return case.case, case.slices, case.axis, case.focus
+def _stored_as(case: PooledCase, file: StoredFile) -> StoredCase:
+    """What the index says of a case in a file."""
+    return StoredCase(file.file, file.sha256, case.name, case.slices, case.view.axis, case.focus)
 
 
 def _read_case(folder: Path, stored: StoredCase, backbone: SAM2Backbone) -> PooledCase:

@@ -16,6 +16,18 @@ Build = Callable[..., Any]
 Save = Callable[..., None]
 
 
+@pytest.fixture
+def learn_one(make_app: Build, save: Save, label_files: dict[str, Path]) -> Callable[..., None]:
+    """Let a server with this configuration learn one label, and end."""
+
+    def learn(**conf: str) -> None:
+        app = make_app(server=True, **conf)
+        save(app, "synthetic_000", label_files["synthetic_000"])
+        app.close()
+
+    return learn
+
+
 def test_monai_label_sees_every_task(make_app: Build) -> None:
     info = make_app().info()
     assert list(info["models"]) == list(info["trainers"]) == ["ofl_sam2"]
@@ -138,12 +150,8 @@ def test_studies_and_model_root_that_are_no_folders_are_refused(make_app: Build,
         make_app(model_root=str(file))
 
 
-def test_other_backbone_than_the_learned_one_is_refused(
-    make_app: Build, save: Save, label_files: dict[str, Path]
-) -> None:
-    app = make_app(server=True)
-    save(app, "synthetic_000", label_files["synthetic_000"])
-    app.close()
+def test_other_backbone_than_the_learned_one_is_refused(make_app: Build, learn_one: Callable[..., None]) -> None:
+    learn_one()
     with pytest.raises(ModelError, match="was learned with nano at 64 pixels, not with nano at 128"):
         make_app(image_size="128")
 
@@ -290,24 +298,16 @@ def test_a_first_label_that_cannot_be_learned_says_why(
         app.infer({"model": "ofl_sam2", "image": "synthetic_002"})
 
 
-def test_labels_of_a_folder_do_not_get_to_a_dicomweb_server(
-    make_app: Build, save: Save, label_files: dict[str, Path]
-) -> None:
-    first = make_app(server=True)
-    save(first, "synthetic_000", label_files["synthetic_000"])
-    first.close()
+def test_labels_of_a_folder_do_not_get_to_a_dicomweb_server(make_app: Build, learn_one: Callable[..., None]) -> None:
+    learn_one()
     with pytest.raises(
         OFLError, match=r"holds labels of the studies in .*studies, not in http://127.0.0.1:1/dicom-web"
     ):
         make_app(server=True, source="http://127.0.0.1:1/dicom-web/")
 
 
-def test_another_ct_window_than_the_learned_one_is_refused(
-    make_app: Build, save: Save, label_files: dict[str, Path]
-) -> None:
-    app = make_app(server=True, ct_window="-1000,400")
-    save(app, "synthetic_000", label_files["synthetic_000"])
-    app.close()
+def test_another_ct_window_than_the_learned_one_is_refused(make_app: Build, learn_one: Callable[..., None]) -> None:
+    learn_one(ct_window="-1000,400")
     make_app(ct_window="-1000,400")
     make_app()
     with pytest.raises(ModelError, match=r"CT window \(-1000.0, 400.0\), not with \(-160.0, 240.0\)"):

@@ -191,8 +191,7 @@ class LearningService:
             segmenter = copy.copy(self._serving.current()[1]) if snapshot else self._open_base()
             before = segmenter.structures
             outcome = self._apply(segmenter, notes, self._take_out_merged(segmenter, notes) | batch)
-            names = self._structures()
-            segmenter.structures = {value: names.get(value, name) for value, name in segmenter.structures.items()}
+            segmenter.rename(self._structures())
             if outcome.done:
                 with self._condition:
                     self._agreement = {image: v for image, v in self._agreement.items() if image in notes.agreement}

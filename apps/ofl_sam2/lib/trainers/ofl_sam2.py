@@ -119,7 +119,7 @@ def _learn_all(
             case, version = read_unchanged_case(datastore, registry, image_id)
             if image_id not in segmenter.pool.cases or learned.get(image_id) != version:
                 names = {value: name for name, value in registry.names().items()}
-                segmenter.structures = {value: names.get(value, name) for value, name in segmenter.structures.items()}
+                segmenter.rename(names)
                 values = {*segmenter.pool.values(), *case.values}
                 segmenter.learn([case], {value: name for value, name in names.items() if value in values})
             cases.add(case)
