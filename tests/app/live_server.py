@@ -81,22 +81,27 @@ class LiveServer:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
 
     def stop(self) -> None:
-        self._end(signal.SIGTERM)
+        """SIGTERM, and nothing else is needed."""
+        assert self._end(signal.SIGTERM), f"The server did not end:\n{self.tail()}"
 
     def kill(self) -> None:
         """SIGKILL for the server and the tasks it started."""
         self._end(signal.SIGKILL)
 
-    def _end(self, first: signal.Signals) -> None:
+    def _end(self, first: signal.Signals) -> bool:
+        """Whether the signal was enough."""
         if self.process is None:
-            return
+            return True
         self.process.send_signal(first)
+        ended = False
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(30)
+            ended = True
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(30)
         self.process = None
+        return ended
 
     def rss(self) -> int:
         """Resident memory of the server in bytes, without its tasks."""

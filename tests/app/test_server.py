@@ -5,8 +5,10 @@ import hashlib
 import io
 import json
 import subprocess
+import sys
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,7 @@ from monailabel.config import settings
 from monailabel.endpoints.user import auth
 from monailabel.endpoints.user.auth import User, get_current_user
 from monailabel.interfaces.exception import ImageNotFoundException
+from monailabel.utils.async_tasks import utils as background
 
 from ofl_sam2.errors import Cancelled, InputError, ModelError
 from ofl_sam2.files import write_labels
@@ -714,6 +717,23 @@ def test_one_task_of_a_kind_runs_at_a_time(client: TestClient, monkeypatch: pyte
     monkeypatch.setattr("monailabel.utils.async_tasks.task.AsyncTask.status", lambda *_, **options: ({"id": 1}, None))
     answer = client.post(address, json={})
     assert answer.status_code == 429 and "runs already" in sentence(answer)
+
+
+def test_tasks_end_with_the_server(server: Any, fake: FakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "background_tasks", {})
+    monkeypatch.setattr(background, "background_processes", {})
+    endless = [sys.executable, "-c", "import time; time.sleep(600)"]
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: popen(endless, **options))
+    monkeypatch.setenv("PYTHONPATH", "")
+    with TestClient(server):
+        tasks = [background.run_background_task({}, "train") for _ in range(2)]
+        executor = background.background_executors["train"]
+        while not background.processes("train"):
+            time.sleep(0.01)
+    executor.shutdown()
+    assert [task["status"] for task in tasks] == ["STOPPED", "SUBMITTED"]
+    assert not background.processes("train") and not background.background_executors
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,21 @@ class Phantom:
 
 
 def write_phantom(
-    folder: Path, name: str, centre: tuple[int, int, int], radius_mm: float, seed: int, upwards: bool = True
+    folder: Path,
+    name: str,
+    centre: tuple[int, int, int],
+    radius_mm: float,
+    seed: int,
+    upwards: bool = True,
+    study: str | None = None,
+    series_number: int = 2000,
 ) -> Phantom:
-    """Write an axial CT series of `SHAPE` voxels and `SPACING` mm into a new folder, numbered upwards or downwards."""
+    """Write an axial CT series of `SHAPE` voxels and `SPACING` mm into a new folder, numbered upwards or downwards.
+
+    It is the only one of a new study unless a study is given.
+    """
     folder.mkdir()
-    study, series, frame = generate_uid(), generate_uid(), generate_uid()
+    study, series, frame = study or generate_uid(), generate_uid(), generate_uid()
     middle = (SHAPE[0] // 2, SHAPE[1] // 2, SHAPE[2] // 2)
     x, y, _ = (np.abs(axis - half) * step for axis, half, step in zip(_axes(), middle, SPACING, strict=True))
     hu = np.where((x / 84) ** 2 + (y / 70) ** 2 <= 1, _BODY_HU, -1000) + np.zeros(SHAPE)
@@ -60,6 +70,7 @@ def write_phantom(
         dataset.InstanceNumber = number + 1 if upwards else SHAPE[2] - number
         dataset.PatientName, dataset.PatientID = name, name.replace("^", "-")
         dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = study, series, frame
+        dataset.SeriesNumber = series_number
         files.append(folder / f"{number:03d}.dcm")
         dataset.save_as(files[-1], write_like_original=False)
     return Phantom(name, study, series, centre, radius_mm, tuple(files))
@@ -86,7 +97,7 @@ def _slice(hu: np.ndarray, number: int) -> Dataset:
     dataset.StudyDate, dataset.StudyTime, dataset.StudyID, dataset.AccessionNumber = "20260101", "120000", "1", ""
     dataset.SeriesDate, dataset.SeriesTime, dataset.SeriesDescription = "20260101", "120000", "Phantom"
     dataset.Manufacturer, dataset.ReferringPhysicianName = "phantom", ""
-    dataset.SeriesNumber, dataset.AcquisitionNumber = 2000, 1
+    dataset.AcquisitionNumber = 1
     dataset.KVP, dataset.PositionReferenceIndicator = 120, ""
     column, row, thickness = SPACING
     dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -111,6 +112,22 @@ def test_an_exported_label_teaches_the_next_case(clinic: Clinic, tmp_path: Path)
     viewer.picture("result")
     assert min(viewer.overlays()) > 500
     assert dice(answer, clinic.second, tmp_path) > 0.9
+
+
+def test_the_next_sample_is_shown_though_its_study_holds_others(clinic: Clinic, tmp_path: Path) -> None:
+    study, viewer = clinic.second.study, clinic.viewer
+    other = write_phantom(tmp_path / "other", "Phantom^Second", (56, 47, 13), 26, seed=3, study=study, series_number=1)
+    clinic.orthanc.upload(other.files)
+    while clinic.server.get("/info/").json()["datastore"]["total"] < 3:
+        time.sleep(0.5)
+    for case in (clinic.first, other):
+        save_truth(clinic, case, tmp_path)
+    viewer.open_from_list("Phantom, Second", "MONAI Label")
+    viewer.connect()
+    assert other.series in viewer.run().url
+    viewer.next_sample()
+    viewer.connect()
+    assert clinic.second.series in viewer.run().url
 
 
 def test_a_corrected_draft_is_learned(clinic: Clinic, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The uvicorn app. It is made after the annotation app, which makes the library `ofl_sam2` importable."""
 
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware import Middleware
@@ -61,8 +63,22 @@ def install(app: FastAPI, own: list[APIRouter]) -> None:
 
 start()
 
-from server import errors, keys, routes  # noqa: E402
+from server import errors, keys, routes, tasks  # noqa: E402
 
+run_server = app.router.lifespan_context
+
+
+@asynccontextmanager
+async def run(app: FastAPI) -> AsyncIterator[None]:
+    """From start to end of the server; tasks in processes of their own end with it."""
+    async with run_server(app):
+        try:
+            yield
+        finally:
+            tasks.end_all()
+
+
+app.router.lifespan_context = run
 install(app, routes.ROUTERS)
 app.user_middleware.append(Middleware(keys.CheckedKeys))
 errors.install(app)

@@ -3,17 +3,26 @@
 window.config.extensions.push({
   id: 'ofl-sam2.repairs',
   onModeEnter: ({ commandsManager, servicesManager }) => {
-    showImagesNotSegmentations(servicesManager.services.hangingProtocolService);
+    showTheRightSeries(servicesManager.services.hangingProtocolService);
     exportSegmentations(commandsManager);
-    sayWhyItFailed(servicesManager.services.uiNotificationService);
+    watchAnswers(servicesManager.services.uiNotificationService);
   },
 });
 
+const NEXT_SAMPLE = 'ofl-sam2.next-sample';
+
 // The three views of the MONAI Label mode show the first series that is a volume, which a SEG with a low number also is.
-function showImagesNotSegmentations(hangingProtocolService) {
-  const { seriesMatchingRules } = hangingProtocolService.getProtocolById('mpr').displaySetSelectors.activeDisplaySet;
-  if (seriesMatchingRules.some(rule => rule.attribute === 'Modality')) return;
-  seriesMatchingRules.push({ attribute: 'Modality', constraint: { doesNotEqual: { value: 'SEG' } }, required: true });
+// After "Next Sample", which opens a study, they show the series that was chosen.
+function showTheRightSeries(hangingProtocolService) {
+  const { activeDisplaySet } = hangingProtocolService.getProtocolById('mpr').displaySetSelectors;
+  const own = [
+    { attribute: 'Modality', constraint: { doesNotEqual: { value: 'SEG' } }, required: true },
+    { attribute: 'SeriesInstanceUID', constraint: { equals: { value: sessionStorage.getItem(NEXT_SAMPLE) } }, weight: 10 },
+  ];
+  const shipped = activeDisplaySet.seriesMatchingRules.filter(
+    rule => !own.some(({ attribute }) => attribute === rule.attribute)
+  );
+  activeDisplaySet.seriesMatchingRules = [...shipped, ...own];
 }
 
 // Two commands are called storeSegmentation: CORNERSTONE's, which the menu means and which picks the server, and
@@ -69,18 +78,27 @@ function inFileOrder(segmentationId, generate) {
   }
 }
 
-// The MONAI Label panel says "Failed to Run Segmentation" and no more. The server's sentence is shown beside it.
-function sayWhyItFailed(notifications) {
+// The MONAI Label panel says "Failed to Run Segmentation" and no more: the server's sentence is shown beside it. And it
+// forgets which series "Next Sample" chose.
+function watchAnswers(notifications) {
   const send = XMLHttpRequest.prototype.send;
-  if (send.saysWhy) return;
+  if (send.watched) return;
   XMLHttpRequest.prototype.send = function (...body) {
     this.addEventListener('load', () => {
-      if (this.status < 400 || !new URL(this.responseURL).pathname.startsWith('/infer/')) return;
-      const answer = this.responseType === 'arraybuffer' ? new TextDecoder().decode(this.response) : this.responseText;
-      const message = JSON.parse(answer).detail;
-      notifications.show({ title: 'OFL-SAM2', message, type: 'error', duration: 10000 });
+      const { pathname } = new URL(this.responseURL);
+      if (this.status >= 400 && pathname.startsWith('/infer/')) {
+        const message = answerOf(this).detail;
+        notifications.show({ title: 'OFL-SAM2', message, type: 'error', duration: 10000 });
+      } else if (this.status < 400 && pathname.startsWith('/activelearning/')) {
+        sessionStorage.setItem(NEXT_SAMPLE, answerOf(this).SeriesInstanceUID);
+      }
     });
     return send.apply(this, body);
   };
-  XMLHttpRequest.prototype.send.saysWhy = true;
+  XMLHttpRequest.prototype.send.watched = true;
+}
+
+function answerOf({ responseType, response }) {
+  if (responseType === 'json') return response;
+  return JSON.parse(responseType === 'arraybuffer' ? new TextDecoder().decode(response) : response);
 }

@@ -3,9 +3,11 @@
 import logging
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from fastapi import APIRouter, HTTPException
 from lib.datastores.archive import ArchiveError
@@ -14,6 +16,7 @@ from monailabel.endpoints import batch_infer as monai_batch
 from monailabel.endpoints import scoring as monai_scoring
 from monailabel.endpoints import train as monai_train
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
+from monailabel.utils.async_tasks import utils as background
 from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.others.generic import file_checksum
 
@@ -124,6 +127,15 @@ def score(user: Annotator, method: str, params: Options = None, run_sync: bool =
     check_params(params or {})
     _require_idle("scoring", "scoring", "/scoring/")
     return monai_scoring.run_method(method, params, run_sync)
+
+
+def end_all() -> None:
+    """Kill the running tasks and drop the waiting ones: Python does not end before their threads do."""
+    while background.background_executors:
+        kind, executor = background.background_executors.popitem()
+        executor.shutdown(wait=False, cancel_futures=True)
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            AsyncTask.stop(kind)
 
 
 def _require_idle(kind: str, name: str, address: str) -> None:

@@ -174,6 +174,15 @@ def test_training_shows_progress_and_stops(server: Any, slicer: Any) -> None:
     assert server.learning()["snapshot"] == version
 
 
+def test_server_ends_at_once_during_a_training(server: Any, slicer: Any) -> None:
+    slicer.train(minutes=5)
+    while not slicer.rest.train_status(check_if_running=True):
+        time.sleep(0.1)
+    server.stop()
+    server.start()
+    assert not slicer.rest.train_status(check_if_running=True)
+
+
 @pytest.mark.campaign
 def test_second_server_on_the_model_root_is_refused(server: Any, make_server: Callable[..., Any]) -> None:
     second = make_server(server.studies, model_root=server.conf["model_root"])
