@@ -313,6 +313,25 @@ def test_resume_skips_what_is_there(cli, study, tmp_path):
     assert read_labels(tmp_path / "c.nii.gz").voxels.shape == (24, 20, 6)
 
 
+def test_resume_keeps_what_was_reported(cli, study, tmp_path):
+    report = tmp_path / "s.json"
+    arguments = ["segment", "--model", study.model, "--output", tmp_path, "--resume", "--json", report]
+    first, second = (["--image", study.image(name)] for name in "cd")
+    succeed(cli(*arguments, *first))
+    before = json.loads(report.read_text())["results"]
+    succeed(cli(*arguments, *first, *second))
+    after = json.loads(report.read_text())["results"]
+    assert list(after) == ["c", "d"] and after["c"] == before["c"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"results": []}', "{}"])
+def test_a_file_of_something_else_is_not_gone_on_with(cli, study, tmp_path, content):
+    (report := tmp_path / "s.json").write_text(content)
+    arguments = ["--image", study.image("c"), "--output", tmp_path, "--resume", "--json", report]
+    assert_refused(cli("segment", "--model", study.model, *arguments), "s.json does not hold results")
+    assert report.read_text() == content
+
+
 def test_bad_images_do_not_keep_the_others_from_being_done(cli, study, tmp_path):
     truncated = tmp_path / "truncated.nii.gz"
     truncated.write_bytes(study.image("c").read_bytes()[:500])
@@ -358,6 +377,7 @@ def test_ctrl_c_keeps_finished_cases_and_leaves_nothing_else(study, tmp_path):
     output = tmp_path / "out"
     arguments = [str(part) for image in images for part in ("--image", image)]
     command = [sys.executable, "-m", "ofl_sam2", "segment", "--model", str(study.model), "--output", str(output)]
+    command += ["--json", str(tmp_path / "s.json")]
     child = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment())
     deadline = time.monotonic() + 120
     while not (output / "c.nii.gz").exists() and time.monotonic() < deadline:
@@ -373,6 +393,8 @@ def test_ctrl_c_keeps_finished_cases_and_leaves_nothing_else(study, tmp_path):
     assert len(finished) < len(images)
     for name in finished:
         assert read_labels(output / name).voxels.any()
+    reported = json.loads((tmp_path / "s.json").read_text())["results"]
+    assert [f"{name}.nii.gz" for name in sorted(reported)] == finished
 
 
 def environment() -> dict[str, str]:

@@ -3,12 +3,12 @@
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ofl_sam2 import __version__
-from ofl_sam2.console import cancel_on_interrupt, err, out, peak_memory_gb, print_whole, write_json
+from ofl_sam2.console import cancel_on_interrupt, err, out, peak_memory_gb, print_whole, read_results, write_json
 from ofl_sam2.errors import Cancelled, InputError, OFLError
 
 app = typer.Typer(
@@ -148,7 +148,12 @@ def segment(
         typer.Option(help="Image file, DICOM series, frame folder, or a folder of such images; may be repeated."),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the label maps.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Skip images whose label map is there already.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Skip images whose label map is there already; what --json says of them is kept."
+        ),
+    ] = False,
     device: Device = "cpu",
     cache_dir: CacheDir = None,
     json: Json = None,
@@ -156,10 +161,15 @@ def segment(
     """Segment new images with a learned model. A label map has the grid of its image."""
     from ofl_sam2.jobs import check_all_segmented, segment_images
 
+    earlier = read_results(json) if resume else {}
+
+    def report(results: dict[str, Any], failures: dict[str, str]) -> None:
+        memory = round(peak_memory_gb(), 2)
+        write_json(json, {"results": {**earlier, **results}, "failures": failures, "peak_memory_gb": memory})
+
     with cancel_on_interrupt() as cancel:
-        results, failures = segment_images(model, image, output, resume, device, cache_dir, cancel)
+        results, failures = segment_images(model, image, output, resume, device, cache_dir, cancel, report)
     out.print(f"{len(results)} label maps were written to {output}; peak memory {peak_memory_gb():.2f} GB.")
-    write_json(json, {"results": results, "failures": failures, "peak_memory_gb": round(peak_memory_gb(), 2)})
     check_all_segmented(failures)
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from ofl_sam2.atomic import atomic_write_text
+from ofl_sam2.errors import InputError
 from ofl_sam2.progress import CancelToken, Progress
 
 out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -81,6 +82,25 @@ def write_json(path: Path | None, content: dict[str, Any]) -> None:
     """Write a result for machines, if a path is given."""
     if path is not None:
         atomic_write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_results(path: Path | None) -> dict[str, Any]:
+    """The entry `results` of what `write_json` wrote; empty where there is no such file.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    if path is None or not path.exists():
+        return {}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))["results"]
+        if not isinstance(results, dict):
+            raise TypeError("no results by name")
+    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} does not hold results ({type(error).__name__}: {error}). Choose another --json."
+        ) from error
+    return results
 
 
 def peak_memory_gb() -> float:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -179,8 +179,19 @@ def segment_images(
     device: str = "cpu",
     cache_dir: Path | None = None,
     cancel: CancelToken | None = None,
+    report: Callable[[dict[str, dict[str, Any]], dict[str, str]], None] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Segment images and write a label map each; a bad image does not keep the others from being done.
+
+    Args:
+        model: folder of the model.
+        images: image files, DICOM series, frame folders, or folders of such images.
+        output: folder for the label maps.
+        resume: skip images whose label map is there already.
+        device: "cpu" or "cuda".
+        cache_dir: see `default_cache`.
+        cancel: to stop.
+        report: called with what is returned, as far as it is known: before the first image, and after each.
 
     Returns:
         Case name -> path, quality, volumes and seconds of what was segmented now; case name -> why not.
@@ -196,6 +207,8 @@ def segment_images(
     segmenter = load_model(model, device, default_cache(cache_dir))
     results: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
+    tell = report or (lambda *_: None)
+    tell(results, failures)
     for name, (image, target) in targets.items():
         if resume and target.exists():
             err.print(f"{name}: {target} is there already, skipped.")
@@ -207,10 +220,11 @@ def segment_images(
             write_labels(target, result.labels, volume)
         except InputError as error:
             failures[name] = str(error)
-            continue
-        results[name] = {"labels": str(target), **result.summary()}
-        quality = ", ".join(f"{structure} {value:.2f}" for structure, value in result.quality.items())
-        err.print(f"{name}: {result.seconds:.1f} s, estimated quality {quality}")
+        else:
+            results[name] = {"labels": str(target), **result.summary()}
+            quality = ", ".join(f"{structure} {value:.2f}" for structure, value in result.quality.items())
+            err.print(f"{name}: {result.seconds:.1f} s, estimated quality {quality}")
+        tell(results, failures)
     return results, failures
 
 
