@@ -2,6 +2,7 @@
 
 from itertools import permutations
 from operator import itemgetter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.progress import Watch
 from ofl_sam2.volume import Volume, canonical_view
+from ofl_sam2.window import Window
 
 
 @pytest.fixture
@@ -80,6 +82,31 @@ def test_what_is_likelier_than_the_threshold_is_drawn(make_drawing):
         drawing._paint(canvas, itemgetter(()), (1, 2), probabilities, probabilities, (1.0, 1.0, 1.0))
         assert np.array_equal(canvas.labels == 1, probabilities[0].numpy() > threshold)
         assert not (canvas.labels == 2).any()
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+@pytest.mark.parametrize("framed", [(2,), (1, 2)])
+def test_what_a_close_up_takes_off_hides_nothing(make_drawing, monkeypatch, averaged, framed):
+    """The overview draws the second structure over all of the first, the close-up only in a corner of it."""
+    volume = Volume(np.zeros((9, 9, 5), np.float32), np.eye(4), "a")
+    drawing, first, corner = make_drawing(volume), np.s_[2:7, 2:7, 1:4], np.s_[2:3, 2:3, 1:2]
+    monkeypatch.setattr(drawing.segmenter, "view", lambda view: SimpleNamespace(values=(1, 2)))
+    seen = [(Window((0, 0, 0), volume.grid), (value,)) for value in framed]
+    monkeypatch.setattr("ofl_sam2.drawing.windows", lambda volume, masks: seen)
+
+    def look(canvas, window, values, overview):
+        if overview and averaged:
+            drawing.overview = torch.zeros(2, *volume.grid)
+        scores = torch.full((len(values), *volume.grid), -5.0)
+        for row, value in zip(scores, values, strict=True):
+            row[first if value == 1 or overview else corner] = value
+        canvas.paint(itemgetter(()), scores, values)
+
+    monkeypatch.setattr(drawing, "_look", look)
+    canvas, _ = drawing.run()
+    expected = np.zeros(volume.grid, np.uint8)
+    expected[first], expected[corner] = 1, 2
+    assert np.array_equal(canvas.labels, expected)
 
 
 def test_the_quality_counts_the_probabilities_of_the_unet_by_its_weight_where_it_knows(make_drawing):

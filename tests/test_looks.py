@@ -44,6 +44,13 @@ def test_thick_slices_frames_and_cine_are_seen_along_one(make_case, grid, affine
     assert [look.view for look in viewpoint(case, close_ups=False).looks(case)] == [MAIN]
 
 
+@pytest.mark.parametrize(("depth", "sides"), [(1, set()), (7, set()), (8, {View(0), View(1)})])
+def test_side_views_of_what_is_nearly_flat_are_left_out(make_case, depth, sides):
+    case = make_case(grid=(32, 32, depth), affine=ISOTROPIC)
+    seen = viewpoint(case).stacks(case.volume, intensity_for(case.volume, None))
+    assert set(seen) == {MAIN} | sides
+
+
 def test_partly_labelled_volumes_have_no_side_views(make_case):
     case = make_case(grid=(30, 30, 30), affine=ISOTROPIC, labelled_slices=(12, 14))
     looks = list(viewpoint(case).looks(case))
@@ -74,7 +81,7 @@ def test_empty_frames_are_ignored_by_a_model_of_any_axis(make_case):
 
 
 def test_side_views_of_very_large_volumes_are_left_out(make_case):
-    case = make_case(grid=(MAX_SIDE_SLICES + 1, 20, 20), affine=ISOTROPIC)
+    case = make_case(grid=(MAX_SIDE_SLICES + 1, 100, 100), affine=ISOTROPIC)
     assert {look.view for look in viewpoint(case, close_ups=False).looks(case)} == {MAIN, View(1)}
 
 

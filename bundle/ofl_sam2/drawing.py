@@ -54,16 +54,19 @@ class Drawing:
         canvas = Canvas(self.volume.grid, self.values, self.segmenter.settings.overlap, repaint=bool(magnified))
         self._look(canvas, None, self.values, overview=bool(magnified))
         seen: list[tuple[Window, tuple[int, ...]]] = []
+        blank = self.overview is not None
         for _ in range(CLOSE_UPS):
             masks = ((value, canvas.mask(value)) for value in magnified)
-            seen, before = windows(self.volume, masks), seen
-            for window, focus in seen:
-                if (window, focus) not in before:
-                    canvas.erase(focus)
-                    self._look(canvas, window, focus, overview=False)
+            before, seen = seen, windows(self.volume, masks)
+            moved = [look for look in seen if look not in before]
+            if moved:  # what will be drawn anew must not hide the others
+                canvas.erase({value for _, focus in moved for value in focus} if before else self.values)
+                blank = True
+            for window, focus in moved:
+                self._look(canvas, window, focus, overview=False)
         framed = {value for _, focus in seen for value in focus}
         rest = tuple(value for value in self.values if value not in framed)
-        if self.overview is not None and rest:
+        if blank and rest:
             canvas.erase(rest)
             self._look(canvas, None, rest, overview=False)
         return canvas, self.quality.of(self.confidence).tolist()

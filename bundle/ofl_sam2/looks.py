@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ofl_sam2.backbone.build import STRIDE
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.intensity import Intensity, intensity_for
 from ofl_sam2.memory.pool import View, evenly
@@ -80,7 +81,7 @@ class Viewpoint:
         stacks = {View(None, close): SliceStack(part, main, self.size, grey)}
         if self.settings.side_views and is_nearly_isotropic(part) and main == self.axis:
             sides = (SliceStack(part, axis, self.size, grey) for axis in range(3) if axis != main)
-            stacks |= {View(side.axis, close): side for side in sides if len(side) <= MAX_SIDE_SLICES}
+            stacks |= {View(side.axis, close): side for side in sides if _is_worth_it(side)}
         return stacks
 
     def looks(self, case: LabelledCase) -> Iterator[Look]:
@@ -113,6 +114,12 @@ class Viewpoint:
                 yield Look(view, focus, stack, labels, every if case.labelled_slices is None else case.labelled_slices)
             elif case.labelled_slices is None:
                 yield Look(view, focus, stack, labels, _telling(stack, labels))
+
+
+def _is_worth_it(side: SliceStack) -> bool:
+    """Whether a stack has not too many slices, and these fill at least a cell of the network along both sides."""
+    _, _, height, width = side.geometry.content
+    return len(side) <= MAX_SIDE_SLICES and min(height, width) >= STRIDE
 
 
 def windows(volume: Volume, masks: Iterator[tuple[int, NDArray[Any]]]) -> list[tuple[Window, tuple[int, ...]]]:

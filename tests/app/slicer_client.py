@@ -48,16 +48,18 @@ class Scene:
         return exported
 
     def take_in(self, path: str, names: list[str]) -> None:
-        """Replace segments by a label map: the smallest value in it is the first name, and so on."""
+        """Replace segments by a label map: its value n is the n-th name, whether there is such a voxel or not.
+
+        So does ImportLabelmapToSegmentationNode of Slicer's vtkSlicerSegmentationsModuleLogic.
+        """
         result = sitk.ReadImage(path)
         assert result.GetSize() == self.grid
         for geometry in ("GetOrigin", "GetSpacing", "GetDirection"):
             np.testing.assert_allclose(getattr(result, geometry)(), getattr(self.volume, geometry)(), atol=1e-4)
         labels = sitk.GetArrayFromImage(result).transpose()
-        values = [value for value in np.unique(labels) if value]
-        assert len(values) <= len(names), f"{len(values)} segments for the names {names}: some would be unnamed"
-        for value, name in zip(values, names, strict=False):
-            self.segments[name] = labels == value
+        assert labels.max() <= len(names), f"{labels.max()} segments for the names {names}: some would be unnamed"
+        for number, name in enumerate(names, start=1):
+            self.segments[name] = labels == number
 
 
 class SlicerClient:
@@ -136,7 +138,7 @@ class SlicerClient:
         params = {**self.options, **options, "result_extension": ".nrrd", "result_dtype": "uint8"}
         path, answer = self.rest.infer(self.model, scene.sample["id"], params, session_id=session_id)
         names = answer.get("label_names") or self.info["models"][self.model]["labels"]
-        scene.take_in(path, sorted(names, key=names.get))
+        scene.take_in(path, [name for name in sorted(names, key=names.get) if name != "background"])
         Path(path).unlink()
         return answer
 

@@ -122,6 +122,22 @@ def test_single_structure_keeps_its_value(task: OFLSAM2Infer, image: Path) -> No
     assert params["label_names"] == {"organ b": 2} and params["left_out"] == []
 
 
+def test_what_is_found_is_numbered_by_position_for_those_who_count(task: OFLSAM2Infer, image: Path) -> None:
+    everything, _ = task({"image": str(image)})
+    file, params = task({"image": str(image), "structures": "organ b", "by_position": True})
+    assert np.array_equal(read_labels(file).voxels, read_labels(everything).voxels == 2)
+    assert params["label_names"] == {"organ b": 1} and params["structures"] == {"organ a": 1, "organ b": 2}
+    both, params = task({"image": str(image), "by_position": True})
+    assert np.array_equal(read_labels(both).voxels, read_labels(everything).voxels)
+    assert params["label_names"] == {"organ a": 1, "organ b": 2}
+
+
+@pytest.mark.parametrize(("by_position", "names"), [(True, {"background": 0}), (False, {})])
+def test_nothing_found_has_no_name(task: OFLSAM2Infer, image: Path, by_position: bool, names: dict[str, int]) -> None:
+    file, params = task({"image": str(image), "quality_threshold": 1, "by_position": by_position})
+    assert params["label_names"] == names and not read_labels(file).voxels.any()
+
+
 def test_structures_below_the_threshold_are_left_out(task: OFLSAM2Infer, image: Path) -> None:
     _, params = task({"image": str(image)})
     worse, better = sorted(params["structure_quality"], key=params["structure_quality"].get)

@@ -43,9 +43,14 @@ def answer(monkeypatch, tmp_path):
 )
 def test_missing_structures_keep_their_segments_unless_one_was_asked_for(answer, options, label_names, names):
     (file, requests), made = answer(label_names), []
-    predictions.predict("image", "ofl_sam2", {"gamma": "0.9", **options}, lambda *arguments: made.append(arguments))
+    options = {"gamma": "0.9", "by_position": True, **options}
+    predictions.predict("image", "ofl_sam2", options, lambda *arguments: made.append(arguments))
     assert made == [("image", file, names, Prediction("ofl_sam2", 3))] and not file.exists()
-    assert requests[0]["gamma"] == "0.9" and requests[0]["result_extension"] == ".nii.gz"
+    assert (requests[0]["gamma"], requests[0]["result_extension"], requests[0]["by_position"]) == (
+        "0.9",
+        ".nii.gz",
+        False,
+    )
 
 
 def test_an_empty_result_is_refused_and_its_file_removed(answer):

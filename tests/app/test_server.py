@@ -231,6 +231,24 @@ def test_infer_answers_params(client: TestClient, fake: FakeApp) -> None:
 
 
 @pytest.mark.parametrize(
+    ("address", "params", "expected"),
+    [
+        ("", {"result_dtype": "uint8"}, True),
+        ("&output=all", {"result_dtype": "uint8"}, True),
+        ("", {"result_dtype": "uint8", "save_label": True}, False),
+        ("&output=image", {"result_dtype": "uint8"}, False),
+        ("", {}, False),
+        ("", {"by_position": True}, False),
+    ],
+)
+def test_results_are_numbered_by_position_as_slicer_reads_them(
+    client: TestClient, fake: FakeApp, address: str, params: dict[str, Any], expected: bool
+) -> None:
+    client.post(f"/infer/ofl_sam2?image=case_a{address}", data={"params": json.dumps(params)})
+    assert fake.requests[0]["by_position"] is expected
+
+
+@pytest.mark.parametrize(
     ("address", "params", "status", "word"),
     [
         ("/infer/unknown?image=case_a", "{}", 404, "ofl_sam2"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, BackgroundTasks, HTTPException, Response
 from fastapi.responses import FileResponse
-from lib.infers.options import wants_draft
+from lib.infers.options import BY_POSITION, wants_draft
 from monailabel.endpoints import infer as monai
 
 from server.downloads import TemporaryFileResponse
@@ -16,6 +16,8 @@ from server.keys import check_upload, parse_params
 from server.lookup import app, require_image, require_session, require_task
 from server.predictions import dicomweb_studies, predict
 from server.queue import InferenceQueue
+
+_SLICER_DTYPE = "uint8"  # its module asks for that and for the names of what is found, and counts the names
 
 router = APIRouter(tags=["Infer"])
 queue = InferenceQueue()
@@ -47,6 +49,8 @@ def infer(
     `original`; both take the role of an annotator.
     """
     options = parse_params(params)
+    for_slicer = output in (None, monai.ResultType.all) and options.get("result_dtype") == _SLICER_DTYPE
+    options[BY_POSITION] = for_slicer and not options.get("save_label")
     require_task("model", app()._infers, model)
     if session_id:
         require_session(session_id)

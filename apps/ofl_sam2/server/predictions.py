@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import HTTPException
 from lib.datastores.dicomweb import JournaledDICOMWebDatastore
 from lib.datastores.segmentation import Prediction
-from lib.infers.options import read_options
+from lib.infers.options import BY_POSITION, read_options
 from pydicom.dataset import Dataset
 
 from ofl_sam2.errors import InputError
@@ -46,7 +46,8 @@ def predict(
     Raises:
         InputError: as `make`, the image cannot be segmented, or nothing was found in it.
     """
-    request = {**options, "model": model, "image": image, "result_extension": ".nii.gz", "save_label": False}
+    own = {"result_extension": ".nii.gz", "save_label": False, BY_POSITION: False}
+    request = {**options, **own, "model": model, "image": image}
     result = app().infer(request)
     file, params = Path(result["file"]), result["params"]
     try:

@@ -187,5 +187,8 @@ def test_segments_keep_their_names_in_any_order_and_when_some_are_missing(
     assert dice(scene.segments["organ b"], organ_b) > max(0.5, dice(scene.segments["organ b"], truth["partial"] == 1))
     assert list(answer["label_names"]) == [name for name in (*NAMES, "corner") if name in answer["label_names"]]
     scene.segments["organ a"] = kept = np.ones(scene.grid, bool)
-    assert slicer.run(scene, structures="organ b")["label_names"] == {"organ b": 2}
+    assert slicer.run(scene, structures="organ b")["label_names"] == {"organ b": 1}
     assert scene.segments["organ a"] is kept and dice(scene.segments["organ b"], organ_b) > 0.5
+    before = dict(scene.segments)
+    assert slicer.run(scene, quality_threshold="1")["label_names"] == {"background": 0}
+    assert all(scene.segments[name] is mask for name, mask in before.items()) and len(before) == len(scene.segments)

@@ -24,6 +24,8 @@ from ofl_sam2.volume import Volume
 
 logger = logging.getLogger(__name__)
 
+NOTHING_FOUND = {"background": 0}  # of no names at all, Slicer's module makes all names of the model
+
 _DESCRIPTION = "Segments the structures learned from the saved labels, without prompts (OFL-SAM2)"
 
 
@@ -91,7 +93,7 @@ class OFLSAM2Infer(InferTask):
         return file, {
             **_report(result, snapshot),
             "fitted": segmenter.learner.fitted,
-            "label_names": names,
+            "label_names": names or (NOTHING_FOUND if options.by_position else {}),
             "left_out": left_out,
             "latencies": {
                 "pre": round(read - started, 3),
@@ -112,20 +114,20 @@ def _selected(result: Segmentation, options: InferOptions) -> tuple[np.ndarray, 
     """The label map a client gets.
 
     Returns:
-        The labels; name -> value of the structures in them, because clients name what they find by position; names of
-        the structures left out for their quality.
+        The labels; name -> value of the structures in them; names of the structures left out for their quality.
     """
     wanted = result.structures
     if options.structure is not None:
         wanted = {value: name for value, name in wanted.items() if name == options.structure}
     kept = {value: name for value, name in wanted.items() if result.quality[name] >= options.quality_threshold}
+    present = set(np.unique(result.labels).tolist())
+    found = [value for value in kept if value in present]
+    shown = {value: number if options.by_position else value for number, value in enumerate(found, start=1)}
     lookup = np.zeros(max(result.structures) + 1, result.labels.dtype)
-    for value in kept:
-        lookup[value] = value
-    labels = lookup[result.labels]
-    present = set(np.unique(labels).tolist())
-    names = {name: value for value, name in kept.items() if value in present}
-    return labels, names, sorted(set(wanted.values()) - set(kept.values()))
+    for value, number in shown.items():
+        lookup[value] = number
+    names = {kept[value]: number for value, number in shown.items()}
+    return lookup[result.labels], names, sorted(set(wanted.values()) - set(kept.values()))
 
 
 def _report(result: Segmentation, snapshot: Snapshot) -> dict[str, Any]:

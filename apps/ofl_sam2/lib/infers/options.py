@@ -7,7 +7,7 @@ from typing import Any
 from ofl_sam2.errors import InputError
 from ofl_sam2.settings import Order, Settings
 
-ALL = "all"
+ALL, BY_POSITION = "all", "by_position"
 _SWITCHES = {"on": True, "off": False, "true": True, "false": False}
 
 
@@ -19,11 +19,13 @@ class InferOptions:
         structure: the only structure wanted; None means all.
         changes: fields of `Settings` that differ from those of the snapshot.
         quality_threshold: structures estimated worse than this are left out of the result.
+        by_position: what is found is numbered 1, 2, ... in the order of its values, instead of by its values.
     """
 
     structure: str | None
     changes: dict[str, Any]
     quality_threshold: float
+    by_position: bool
 
 
 def offered(structures: Iterable[str], settings: Settings, device: str) -> dict[str, list[str]]:
@@ -62,6 +64,7 @@ def read_options(request: dict[str, Any], settings: Settings, device: str) -> In
         structure=None if structure == ALL else str(structure),
         changes={name: value for name, value in given.items() if value != saved[name]},
         quality_threshold=_number("quality_threshold", chosen.get("quality_threshold") or 0),
+        by_position=chosen.get(BY_POSITION) is True,
     )
 
 
