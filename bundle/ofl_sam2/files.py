@@ -5,6 +5,7 @@ import math
 import os
 import re
 import zlib
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from ofl_sam2.errors import InputError, OFLError
 from ofl_sam2.frames import frame_files, frame_names, read_frames, read_masks, write_masks
 from ofl_sam2.volume import Volume
 
-_NIFTI_SUFFIXES = (".nii.gz", ".nii")
-IMAGE_SUFFIXES = (*_NIFTI_SUFFIXES, ".nrrd", ".mha", ".mhd")
-_WRITE_SUFFIXES = (*_NIFTI_SUFFIXES, ".nrrd", ".mha")
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+IMAGE_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".mha", ".mhd")
+_WRITE_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".mha")
 _MAX_LABEL = np.iinfo(np.uint32).max
 _ROUNDING = 0.01
 _MOST_HEADER = 1 << 20
@@ -150,7 +151,7 @@ def write_labels(path: Path | str, labels: NDArray[Any], like: Volume) -> None:
     suffix = image_suffix(path).lower()
     if suffix == "" and like.frames:
         write_masks(path, labels, frame_names(like))
-    elif suffix in _NIFTI_SUFFIXES:
+    elif suffix in NIFTI_SUFFIXES:
         with atomic_path(path) as temporary:
             nib.save(_to_nifti(labels, like), temporary)
     elif suffix in _WRITE_SUFFIXES:
@@ -176,7 +177,7 @@ def _read(path: Path) -> Volume:
     if path.is_dir():
         return read_frames(path) if is_sequence(path) else read_series(path)
     suffix = image_suffix(path).lower()
-    if suffix in _NIFTI_SUFFIXES:
+    if suffix in NIFTI_SUFFIXES:
         return _read_nifti(path)
     if suffix:
         return _read_itk(path)
@@ -259,6 +260,32 @@ def _to_nifti(labels: NDArray[Any], like: Volume) -> nib.Nifti1Image:
         image.header.set_xyzt_units("mm", "sec" if labels.ndim == 4 else "unknown")
         _place(image, like.affine)
     return image
+
+
+def itk_places_alike(path: Path) -> bool:
+    """Whether ITK takes the same affine from the header of a NIfTI file as nibabel; False if it takes none.
+
+    Sform and qform may differ, or both be missing.
+    """
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        affine, size = nib.load(path).affine, np.ones(3)
+    except _READ_ERRORS:
+        return False
+    dimensions = reader.GetDimension()
+    spatial = min(3, dimensions)
+    found = np.eye(4)
+    direction = np.array(reader.GetDirection()).reshape(dimensions, dimensions)
+    found[:spatial, :spatial] = (direction * reader.GetSpacing())[:spatial, :spatial]
+    found[:spatial, 3] = reader.GetOrigin()[:spatial]
+    size[:spatial] = reader.GetSize()[:spatial]
+    corners = np.array([[*corner, 1] for corner in product(*([0, extent - 1] for extent in size[:spatial]))])
+    if spatial < 3:
+        corners = np.insert(corners, range(spatial, 3), 0, axis=1)
+    apart = np.abs(corners @ (LPS_TO_RAS @ found - affine).T).max()
+    return bool(apart <= _MOST_MOVED * min(reader.GetSpacing()[:spatial]))
 
 
 def nifti_image(volume: Volume, voxels: NDArray[Any]) -> nib.Nifti1Image:

@@ -247,8 +247,13 @@ def test_adding_an_image(start, tmp_path):
     store = start()
     assert store.add_image("", str(nifti(tmp_path / "new.case.nii.gz")), {"patient": "x"}) == "new.case"
     assert store.get_image_info("new.case")["patient"] == "x"
-    with pytest.raises(InputError, match="already"):
-        store.add_image("new.case", str(tmp_path / "new.case.nii.gz"), {})
+    image = sitk.ReadImage(str(tmp_path / "new.case.nii.gz"))
+    sitk.WriteImage(image, str(tmp_path / "again.nrrd"))
+    assert store.add_image("new.case", str(tmp_path / "again.nrrd"), {}) == "new.case"
+    for other in (image + 1, image[:-1]):
+        sitk.WriteImage(other, str(tmp_path / "other.nrrd"))
+        with pytest.raises(InputError, match=r"another image 'new\.case' already"):
+            store.add_image("new.case", str(tmp_path / "other.nrrd"), {})
     with pytest.raises(InputError, match="is no image file"):
         store.add_image("b", str(tmp_path), {})
     assert "new.case" in start().list_images()

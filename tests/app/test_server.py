@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import jwt
 import nibabel as nib
@@ -135,7 +136,11 @@ class FakeApp:
         self.journal = SimpleNamespace(record_refused=lambda *event: self.refused.append(event))
         self.jobs = SimpleNamespace(list=lambda: [], cancel=lambda job_id: job_id == "known")
         self._datastore = FakeDatastore(folder)
-        self.workspace = SimpleNamespace(single_files=SingleFiles(folder / "downloads", 1 << 20))
+        self.forgotten: list[int] = []
+        self.workspace = SimpleNamespace(
+            single_files=SingleFiles(folder / "downloads", 1 << 20),
+            scores=SimpleNamespace(forget_newer=self.forgotten.append),
+        )
         self.requests: list[dict[str, Any]] = []
         self.behave = lambda request: None
 
@@ -525,6 +530,7 @@ def test_status_jobs_and_structures(client: TestClient, fake: FakeApp) -> None:
 def test_snapshots_and_rollback(client: TestClient, fake: FakeApp) -> None:
     assert [(s["version"], s["current"]) for s in client.get("/ofl/snapshots").json()] == [(3, False), (4, True)]
     assert client.post("/ofl/snapshots/3/rollback").json() == {"version": 3}
+    assert fake.forgotten == [3]
     assert fake.snapshots.current().version == 3
     unknown = client.post("/ofl/snapshots/9/rollback")
     assert unknown.status_code == 404 and "3, 4" in sentence(unknown)
@@ -570,6 +576,15 @@ def test_sessions_take_files_and_archives(client: TestClient) -> None:
     for unfit in (b"12", empty.getvalue()):
         refused = client.put("/session/?uncompress=true", files={"files": ("frames.zip", unfit)})
         assert refused.status_code == 400 and "zip" in sentence(refused)
+
+
+def test_of_a_session_that_is_gone_nothing_is_known(client: TestClient) -> None:
+    session = client.put("/session/", files={"files": ("a.nii.gz", b"12")}).json()["session_id"]
+    assert client.get(f"/session/{session}").json()["name"] == session
+    client.delete(f"/session/{session}")
+    gone = client.get(f"/session/{session}")
+    assert (gone.status_code, gone.json()) == (200, {})
+    assert client.get(f"/session/{session}?image=true").status_code == 404
 
 
 def test_files_of_one_name_are_no_session(client: TestClient) -> None:
@@ -667,6 +682,16 @@ def test_next_sample_passes_over_what_cannot_be_read(
     assert refused.status_code == 400 and "single slice" in sentence(refused)
     monkeypatch.setattr(fake, "next_sample", lambda request: None)
     assert client.post("/activelearning/random").json() == {}
+
+
+def test_an_image_that_cannot_be_learned_is_not_handed_out(
+    client: TestClient, fake: FakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voxels = np.full(GRID, np.nan, np.float32)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), fake.folder / "nan.nii.gz")
+    monkeypatch.setattr(fake.datastore(), "get_image_uri", lambda image: str(fake.folder / "nan.nii.gz"))
+    refused = client.post("/activelearning/random")
+    assert refused.status_code == 400 and "NaN" in sentence(refused)
 
 
 def test_a_header_without_voxels_is_no_upload(client: TestClient) -> None:
@@ -833,8 +858,14 @@ def test_a_server_that_cannot_start_says_so_in_one_sentence(
         with pytest.raises(SystemExit) as ended:
             start()
         assert ended.value.code == f"The server does not start. {message}"
-    monkeypatch.setattr(fake, "server_mode", refuse(ValueError))
-    with pytest.raises(ValueError):
+    for error in (ValueError(), ConnectionRefusedError(errno.ECONNREFUSED, "no")):
+        monkeypatch.setattr(fake, "server_mode", Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            start()
+    monkeypatch.setattr(fake, "server_mode", Mock(side_effect=OSError(errno.EROFS, "Read-only", "/studies/.lock")))
+    with pytest.raises(
+        SystemExit, match=r"The server does not start\. .*Read-only: '/studies/\.lock'\. The studies and"
+    ):
         start()
 
 

@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -8,7 +9,7 @@ from lib.single_files import SingleFiles
 from PIL import Image
 
 from ofl_sam2.errors import InputError
-from ofl_sam2.files import read_volume
+from ofl_sam2.files import itk_places_alike, read_volume
 
 
 def frames(folder: Path, dtype: type = np.uint8, colour: bool = False) -> Path:
@@ -25,9 +26,28 @@ def files(tmp_path: Path) -> SingleFiles:
 
 
 def test_a_file_is_given_as_it_is(files: SingleFiles, tmp_path: Path) -> None:
-    image = tmp_path / "a.nii.gz"
-    image.touch()
-    assert files.of(image) == image
+    for image in (tmp_path / "a.nii.gz", tmp_path / "a.nrrd"):
+        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 3, 2), np.int16)), str(image))
+        assert files.of(image) == image
+
+
+@pytest.mark.parametrize("codes", [(0, 0), (1, 2), (1, 4)])
+@pytest.mark.parametrize("size", [(4, 3, 2), (4, 3), (4, 3, 2, 2)])
+def test_what_itk_would_place_elsewhere_is_copied(
+    files: SingleFiles, tmp_path: Path, codes: tuple[int, int], size: tuple[int, ...]
+) -> None:
+    image = nib.Nifti1Image(np.arange(np.prod(size), dtype=np.int16).reshape(size), None)
+    image.header.set_zooms((1.0, 2.0, 3.0, 1.0)[: len(size)])
+    for code, place, shift in zip(codes, (image.set_qform, image.set_sform), (0, 7), strict=True):
+        affine = np.array([[-1, 0, 0, shift], [0, 2, 0, 0], [0, 0, 3, shift], [0, 0, 0, 1.0]])
+        place(affine if code else None, code)
+    nib.save(image, tmp_path / "a.nii.gz")
+    file = files.of(tmp_path / "a.nii.gz")
+    assert file != tmp_path / "a.nii.gz" and file.suffixes == [".nii", ".gz"]
+    copy, original = read_volume(file), read_volume(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(copy.voxels, original.voxels)
+    np.testing.assert_allclose(copy.affine, original.affine, atol=1e-5)
+    assert itk_places_alike(file)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, bool])

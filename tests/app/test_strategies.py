@@ -50,6 +50,16 @@ def test_image_handed_out_before_comes_last(fresh_workspace: Workspace, make_stu
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_image_handed_out_by_another_strategy_comes_last(
+    fresh_workspace: Workspace, make_studies: Make, name: str
+) -> None:
+    data = make_studies()
+    for image in data.list_images()[:-1]:
+        data.image_info[image] = {"strategy": {"other": {"ts": int(time.time())}}}
+    assert strategies(fresh_workspace)[name]({"strategy": name}, data)["id"] == data.list_images()[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_images_that_are_passed_over_are_not_chosen(fresh_workspace: Workspace, make_studies: Make, name: str) -> None:
     data, request = make_studies(), {"strategy": name, "passed_over": [f"synthetic_00{n}" for n in (0, 1, 3)]}
     assert strategies(fresh_workspace)[name](request, data)["id"] == "synthetic_002"

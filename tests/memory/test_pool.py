@@ -185,6 +185,12 @@ class TestLabelMap:
         masks = torch.tensor([0.3, 0.45, 0.2]).view(3, 1, 1)
         assert label_map(masks, (4, 5, 6)).item() == 5
 
+    def test_what_is_thinner_than_a_pixel_keeps_the_one_it_fills_most_of(self) -> None:
+        masks = torch.zeros(3, 4, 4)
+        masks[0, 1], masks[0, 1, 2], masks[1, 3, 3] = 0.2, 0.3, 0.1
+        found = label_map(masks, (4, 5, 6))
+        assert found[1, 2] == 4 and found[3, 3] == 5 and found.count_nonzero() == 2
+
     def test_values_are_looked_up_in_the_smallest_type_that_holds_them(self) -> None:
         masks = torch.eye(2)[:, None]
         small, large = label_map(masks, (7, 255)), label_map(masks, (7, 1000))

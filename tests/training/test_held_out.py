@@ -28,6 +28,19 @@ def test_of_four_or_more_cases_whole_ones_are_held_out_in_all_views(cases, apart
     assert [held_out.without(case) is None for case in every] == [case.name in names for case in every]
 
 
+@pytest.mark.parametrize("enough", [2, 4])
+def test_a_case_that_shares_structures_with_the_others_is_held_out(enough):
+    alone, *others = (pooled(name) for name in "abcde")
+    alone.labels[alone.labels > 0] = 7
+    others[2].labels[0, :5, :5] = 2
+    others[3].labels[0, :5, :5] = 2
+    assert {key for _, key in HeldOut.choose([alone, *others], enough).rows} == {"d"}
+
+
+def test_no_more_than_four_cases_are_held_out():
+    assert len(HeldOut.choose([pooled(f"{number:03d}") for number in range(100)]).rows) == 4
+
+
 @pytest.mark.parametrize("cases", [1, 2, 3])
 def test_of_few_cases_every_fifth_slice_is_held_out(cases):
     every = [pooled(f"{i}", filled=range(2, 7)) for i in range(cases)]

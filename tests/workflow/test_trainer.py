@@ -68,6 +68,14 @@ def test_equals_the_command_line(build, study, tmp_path):
     assert read_index(tmp_path / "model").pool == read_index(tmp_path / "cli").pool
 
 
+@pytest.mark.parametrize("validated", [["b"], "b,c"])
+def test_what_was_learned_before_is_not_validated_on(build, validated):
+    build().run()
+    with pytest.raises(InputError, match=r"val_cases: .*has learned b already"):
+        build(val_cases=validated).run()
+    build(val_cases=["c"]).run()
+
+
 def test_publishes_a_folder_and_its_state(build, tmp_path):
     trainer = build(structures="2=dim")
     trainer.run()

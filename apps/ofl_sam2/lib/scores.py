@@ -42,5 +42,12 @@ class Scores:
             scores = self.read()
             if image_id in scores and scores[image_id].version > score.version:
                 return
-            scores[image_id] = score
-            atomic_write_text(self._path, json.dumps({image: vars(entry) for image, entry in scores.items()}))
+            self._write({**scores, image_id: score})
+
+    def forget_newer(self, version: int) -> None:
+        """Drop the scores of snapshots after this one, which were taken back."""
+        with self._lock:
+            self._write({image: score for image, score in self.read().items() if score.version <= version})
+
+    def _write(self, scores: dict[str, Score]) -> None:
+        atomic_write_text(self._path, json.dumps({image: vars(entry) for image, entry in scores.items()}))

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 
 from ofl_sam2.atomic import atomic_path
-from ofl_sam2.files import image_suffix, nifti_image, read_volume
+from ofl_sam2.files import NIFTI_SUFFIXES, image_suffix, itk_places_alike, nifti_image, read_volume
 from ofl_sam2.volume import Volume
 
 _LUMINANCE = np.array([0.299, 0.587, 0.114])
@@ -19,6 +19,8 @@ _SUFFIX = ".nii.gz"
 
 class SingleFiles:
     """Gives an image as one file: DICOM series, frames and MetaImage headers as NIfTI in the image's own grid.
+
+    So is NIfTI whose header says two places, of which ITK (3D Slicer) takes another than nibabel.
 
     Labels drawn on such a file fit the image voxel for voxel. Any thread may call it.
 
@@ -39,7 +41,7 @@ class SingleFiles:
             InputError: it cannot be read.
             OFLError: the copy cannot be written.
         """
-        if image.is_file() and image_suffix(image).lower() != ".mhd":
+        if image.is_file() and not _needs_copy(image):
             return image
         with self._lock:
             copy = self._folder / f"{_fingerprint(image)}{_SUFFIX}"
@@ -57,6 +59,11 @@ class SingleFiles:
             left -= path.stat().st_size
             if left < 0 and time.time() - path.stat().st_mtime >= self._in_use_s:
                 path.unlink()
+
+
+def _needs_copy(image: Path) -> bool:
+    suffix = image_suffix(image).lower()
+    return suffix == ".mhd" or (suffix in NIFTI_SUFFIXES and not itk_places_alike(image))
 
 
 def _fingerprint(image: Path) -> str:

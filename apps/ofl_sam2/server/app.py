@@ -1,5 +1,6 @@
 """The uvicorn app. It is made after the annotation app, which makes the library `ofl_sam2` importable."""
 
+import errno
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -37,6 +38,10 @@ def start() -> None:
     """
     try:
         app_instance().server_mode(True)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+            raise
+        sys.exit(f"The server does not start. {error}. The studies and the model root must be writable.")
     except Exception as error:
         if not any(kind.__module__ in _REFUSALS for kind in type(error).__mro__):
             raise

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, HTTPException
 from lib.cases import FINAL, image_path, labelled_case
+from monailabel.endpoints import session as monai_session
 
 from ofl_sam2.errors import InputError
 from ofl_sam2.files import read_labels
@@ -81,6 +82,17 @@ def create_session(user: AnyUser, files: Uploads, uncompress: bool = False, expi
         entries = list(folder.iterdir())
         session_id, session = sessions.add_session(str(entries[0] if len(entries) == 1 else folder), expiry)
     return {"session_id": session_id, "session_info": session.to_json()}
+
+
+@router.get("/session/{session_id}", tags=["Session"], summary="What is known of a session")
+def get_session(user: AnyUser, session_id: str, update_ts: bool = False, image: bool = False):
+    """Or its image. Of an expired one nothing is known, `{}`: Slicer's panel uploads the image again then."""
+    try:
+        return monai_session.get_session(session_id, update_ts, image)
+    except HTTPException as error:
+        if error.status_code != 404 or image:
+            raise
+        return {}
 
 
 def _unpacked(archive: Path, folder: Path) -> Path:

@@ -67,7 +67,9 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
 def rollback(user: Admin, version: int) -> dict[str, Any]:
     """Labels stay; the next saved label is learned on top of the older state."""
     _require_version(version)
-    return {"version": app().snapshots.rollback(version).version}
+    snapshot = app().snapshots.rollback(version)
+    app().workspace.scores.forget_newer(version)
+    return {"version": snapshot.version}
 
 
 @router.get("/structures", summary="Names of the structures and their label values")

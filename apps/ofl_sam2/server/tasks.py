@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.others.generic import file_checksum
 
 from ofl_sam2.errors import InputError
+from ofl_sam2.files import read_volume
 from server.forms import Admin, Annotator, AnyUser, Options
 from server.images import single_file
 from server.keys import check_params
@@ -59,7 +61,9 @@ def _readable_sample(request: dict[str, Any]) -> tuple[dict[str, Any], Path, str
         if not sample or sample["id"] in unreadable:
             break
         try:
-            return sample, *single_file(sample["id"])
+            path, name = single_file(sample["id"])
+            _read_once(path, path.stat().st_mtime_ns)
+            return sample, path, name
         except (InputError, ArchiveError) as error:
             unreadable[sample["id"]] = error
             logger.warning("Image %s is not handed out: %s", sample["id"], error)
@@ -67,6 +71,12 @@ def _readable_sample(request: dict[str, Any]) -> tuple[dict[str, Any], Path, str
     if unreadable:
         raise [*unreadable.values()][-1]
     return None
+
+
+@lru_cache(maxsize=1 << 14)
+def _read_once(path: Path, changed: int) -> None:
+    """Raise InputError where an image cannot be read as it is now: nobody must find that out after the drawing."""
+    read_volume(path)
 
 
 def _note_served(image: str, strategy: str, client: str | None) -> dict[str, Any]:

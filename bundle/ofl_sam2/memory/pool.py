@@ -181,9 +181,16 @@ class SupportPool:
 
 
 def label_map(masks: Tensor, values: Sequence[int]) -> Tensor:
-    """One label map `(size, size)` from soft masks `(K, size, size)`: the likeliest of background and structures."""
+    """One label map `(size, size)` from soft masks `(K, size, size)`: the likeliest of background and structures.
+
+    A structure thinner than a pixel, which loses to the background everywhere, keeps the pixel it fills most of.
+    """
     background = 1 - masks.sum(0, keepdim=True)
     winner = torch.cat([background, masks]).argmax(0)
+    for number, mask in enumerate(masks, start=1):
+        most = mask.argmax()
+        if mask.max() > 0 and winner.view(-1)[most] == 0 and not (winner == number).any():
+            winner.view(-1)[most] = number
     lookup = torch.tensor([0, *values], dtype=torch.uint8 if max(values) < 256 else torch.int32)
     return lookup[winner]
 

@@ -1,5 +1,6 @@
 """Labelled slices that training does not see: they decide whether its result is kept."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ from ofl_sam2.training.losses import shrink_masks
 
 ENOUGH_CASES = 4
 MOST_SCORED = 16
-_CASES_PER_HELD_OUT = 8
+_CASES_PER_HELD_OUT, _MOST_CASES = 8, 4
 _EVERY = 5
 
 
@@ -33,11 +34,18 @@ class HeldOut:
 
     @classmethod
     def choose(cls, cases: Sequence[PooledCase], enough: int = ENOUGH_CASES) -> "HeldOut":
-        """Choose among all views of the cases to train on; whole ones of `enough`, which are two or more."""
+        """Choose among all views of the cases to train on; whole ones of `enough`, which are two or more.
+
+        Cases that share most structures with the others tell most.
+        """
         names = sorted({case.name for case in cases})
         if len(names) < enough:
             return cls({(c.view, c.key): rows for c in cases if (rows := _every_fifth(c))})
-        apart = set(names[::_CASES_PER_HELD_OUT][: max(1, len(names) // ENOUGH_CASES)])
+        holders = Counter(value for name in names for value in _taught(c for c in cases if c.name == name))
+        shared = {value for value, count in holders.items() if count > 1}
+        names.sort(key=lambda name: -len(shared & _taught(c for c in cases if c.name == name)))
+        most = min(_MOST_CASES, max(1, len(names) // ENOUGH_CASES))
+        apart = set(names[::_CASES_PER_HELD_OUT][:most])
         return cls({(c.view, c.key): tuple(range(len(c))) for c in cases if c.name in apart})
 
     def without(self, case: PooledCase) -> PooledCase | None:

@@ -22,7 +22,7 @@ def labelled_cases(images: str, labels: str, cases: Sequence[str] | str | None =
     Raises:
         InputError: as in `find_cases`, or no label at all.
     """
-    found = [case for case in find_cases(Path(images), Path(labels), _names(cases)) if case.label is not None]
+    found = [case for case in find_cases(Path(images), Path(labels), case_names(cases)) if case.label is not None]
     if not found:
         raise InputError(f"{labels} holds no label of an image in {images}. A label has the name of its image.")
     return found
@@ -42,7 +42,7 @@ def image_list(
         InputError: as in `find_cases`, with the config key in front.
     """
     with config_key("image_dir"):
-        found = find_cases(Path(images), cases=_names(cases))
+        found = find_cases(Path(images), cases=case_names(cases))
     done = {case_name(path) for path in Path(unless_in).glob("*")} if unless_in else set()
     return [{"image": str(case.image)} for case in found if case.name not in done]
 
@@ -66,7 +66,7 @@ def labelled_list(
         return []
     with config_key("image_dir and label_dir"):
         found = labelled_cases(images, labels, cases)
-    left_out = _names(unless) or []
+    left_out = case_names(unless) or []
     return [{"image": str(c.image), "label": str(c.label)} for c in found if c.name not in left_out]
 
 
@@ -85,7 +85,8 @@ class LoadCase(Transform):
         return load_case(Case(case_name(image), image, label), ignore_empty_slices=self.ignore_empty_slices)
 
 
-def _names(cases: Sequence[Any] | str | None) -> list[str] | None:
+def case_names(cases: Sequence[Any] | str | None) -> list[str] | None:
+    """Names of cases as a list, be they given as one or as text with commas; None stays None."""
     if cases is None:
         return None
     return [str(name).strip() for name in (cases.split(",") if isinstance(cases, str) else cases)]

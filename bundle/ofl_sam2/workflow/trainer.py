@@ -19,6 +19,7 @@ from ofl_sam2.store import save_model
 from ofl_sam2.training.processes import rank, wait, world_size
 from ofl_sam2.training.settings import TrainingSettings
 from ofl_sam2.training.trainer import train
+from ofl_sam2.workflow.data import case_names
 from ofl_sam2.workflow.network import FewShotNetwork, open_model
 from ofl_sam2.workflow.run import config_key
 
@@ -45,6 +46,7 @@ class EpisodicTrainer:
         device: "cpu" or "cuda".
         train_handlers: attached to the Ignite engine, whose output is the loss of a step.
         early_stop: a handler of the validation that may stop this training.
+        val_cases: names of the cases that are validated on.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class EpisodicTrainer:
         device: str = "cpu",
         train_handlers: Sequence[Any] = (),
         early_stop: EarlyStopHandler | None = None,
+        val_cases: Sequence[str] | str = (),
     ) -> None:
         with config_key("minutes, max_epochs, episodes and seed"):
             self.settings = TrainingSettings(minutes=minutes, epochs=max_epochs, episodes=episodes, seed=seed)
@@ -73,7 +76,7 @@ class EpisodicTrainer:
             self.structures = parse_structures(structures) if structures else None
         self.network, self.dataset, self.model_dir = network, dataset, Path(model_dir)
         self.open = partial(open_model, self.model_dir, backbone, image_size, device)
-        self.handlers, self.early_stop = list(train_handlers), early_stop
+        self.handlers, self.early_stop, self.validated = list(train_handlers), early_stop, case_names(val_cases)
 
     def run(self) -> None:
         """Learn, train, publish.
@@ -83,6 +86,12 @@ class EpisodicTrainer:
         """
         cases = self._cases()
         segmenter = self.open()
+        with config_key("val_cases"):
+            if known := sorted(segmenter.pool.cases.keys() & (self.validated or [])):
+                raise InputError(
+                    f"{self.model_dir} has learned {', '.join(known)} already, so they do not show how good it is. "
+                    "Give another --model_dir, or validate on other cases."
+                )
         with config_key("structures"):
             segmenter.learn(cases, self.structures)
         self.network.use(segmenter)

@@ -43,7 +43,7 @@ class _Unlabelled(Strategy):
         images = sorted({*datastore.get_unlabeled_images()} - {*request.get("passed_over", ())}, key=natural_key)
         if not images:
             return None
-        served = {image: _served(datastore, image, request.get("strategy", "")) for image in images}
+        served = {image: _served(datastore, image) for image in images}
         oldest = min(served.values())
         return self.choose([image for image in images if served[image] == oldest], datastore, _seed(request))
 
@@ -115,9 +115,10 @@ def shuffled(images: list[str], seed: int) -> list[str]:
     return sorted(images, key=lambda image: hashlib.sha256(f"{seed}\0{image}".encode()).digest())
 
 
-def _served(datastore: Datastore, image: str, strategy: str) -> int:
-    """When the strategy handed the image out last, in seconds since the epoch; 0 if never."""
-    return int(datastore.get_image_info(image).get("strategy", {}).get(strategy, {}).get("ts", 0))
+def _served(datastore: Datastore, image: str) -> int:
+    """When any strategy handed the image out last, in seconds since the epoch; 0 if never."""
+    served = datastore.get_image_info(image).get("strategy", {}).values()
+    return max((int(entry.get("ts", 0)) for entry in served), default=0)
 
 
 def _seed(request: dict[str, Any]) -> int:

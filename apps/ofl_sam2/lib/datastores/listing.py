@@ -12,6 +12,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 from zipfile import ZipFile
 
+import numpy as np
 from filelock import FileLock
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 from monailabel.interfaces.exception import ImageNotFoundException
@@ -19,7 +20,7 @@ from monailabel.interfaces.exception import ImageNotFoundException
 from lib.datastores.files import find_images, find_labels, split_name
 from ofl_sam2.atomic import atomic_path
 from ofl_sam2.errors import InputError
-from ofl_sam2.files import IMAGE_SUFFIXES, image_suffix
+from ofl_sam2.files import IMAGE_SUFFIXES, image_suffix, read_volume
 from ofl_sam2.service.journal import LabelEvent, LabelJournal, check_image_id
 from ofl_sam2.service.label_files import copy_label
 
@@ -48,13 +49,13 @@ class ListedDatastore(LocalDatastore):
             self._datastore.objects = self._listed()
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
-        """Copy an image file into the studies.
+        """Copy an image file into the studies, unless it is there already.
 
         Returns:
             The id; that of the file where `image_id` is empty.
 
         Raises:
-            InputError: no image file, an id that is unfit for a path, or one that is taken.
+            InputError: no image file, an id that is unfit for a path, or one that another image has.
             OFLError: it cannot be written.
         """
         source = Path(image_filename)
@@ -66,7 +67,9 @@ class ListedDatastore(LocalDatastore):
         with self._lock:
             self._init_from_datastore_file()
             if image_id in self._datastore.objects:
-                raise InputError(f"The studies hold an image '{image_id}' already. Choose another id.")
+                if _same_image(source, Path(self.get_image_uri(image_id))):
+                    return image_id
+                raise InputError(f"The studies hold another image '{image_id}' already. Choose another id.")
             copy_label(source, self._images / f"{image_id}{suffix}")
             self._relist()
             self.update_image_info(image_id, image_info or {})
@@ -199,3 +202,10 @@ def _info(name: str, event: LabelEvent | None) -> dict[str, Any]:
 def _signature(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_ino, stat.st_mtime_ns
+
+
+def _same_image(one: Path, other: Path) -> bool:
+    """Whether two files hold the same voxels at the same place; Slicer writes what it read anew."""
+    first, second = read_volume(one), read_volume(other)
+    at_one_place = first.grid == second.grid and np.allclose(first.affine, second.affine, atol=1e-3)
+    return at_one_place and np.array_equal(first.voxels, second.voxels)
