@@ -35,6 +35,7 @@ def test_a_case_that_shares_structures_with_the_others_is_held_out(enough):
     others[2].labels[0, :5, :5] = 2
     others[3].labels[0, :5, :5] = 2
     assert {key for _, key in HeldOut.choose([alone, *others], enough).rows} == {"d"}
+    assert {key for _, key in HeldOut.choose([alone, *others], enough, (1, 7)).rows} == {"b"}
 
 
 def test_no_more_than_four_cases_are_held_out():

@@ -1,7 +1,7 @@
 """Labelled slices that training does not see: they decide whether its result is kept."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,17 +33,20 @@ class HeldOut:
     rows: Mapping[tuple[View, str], tuple[int, ...]]
 
     @classmethod
-    def choose(cls, cases: Sequence[PooledCase], enough: int = ENOUGH_CASES) -> "HeldOut":
+    def choose(
+        cls, cases: Sequence[PooledCase], enough: int = ENOUGH_CASES, structures: Collection[int] | None = None
+    ) -> "HeldOut":
         """Choose among all views of the cases to train on; whole ones of `enough`, which are two or more.
 
-        Cases that share most structures with the others tell most.
+        Cases that share most of the structures, by default all label values, with the others tell most.
         """
         names = sorted({case.name for case in cases})
         if len(names) < enough:
             return cls({(c.view, c.key): rows for c in cases if (rows := _every_fifth(c))})
-        holders = Counter(value for name in names for value in _taught(c for c in cases if c.name == name))
-        shared = {value for value, count in holders.items() if count > 1}
-        names.sort(key=lambda name: -len(shared & _taught(c for c in cases if c.name == name)))
+        taught = {name: _taught(case for case in cases if case.name == name) for name in names}
+        holders = Counter(value for values in taught.values() for value in values)
+        shared = {value for value in structures or holders if holders[value] > 1}
+        names.sort(key=lambda name: -len(shared & taught[name]))
         most = min(_MOST_CASES, max(1, len(names) // ENOUGH_CASES))
         apart = set(names[::_CASES_PER_HELD_OUT][:most])
         return cls({(c.view, c.key): tuple(range(len(c))) for c in cases if c.name in apart})

@@ -107,7 +107,7 @@ def _fit_learner(
     """Fit learner and fusion in their share of the time, see `train`."""
     started = time.perf_counter()
     pooled = [c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names]
-    held_out = HeldOut.choose(pooled)
+    held_out = HeldOut.choose(pooled, structures=segmenter.structures)
     if not any(rest.known & segmenter.structures.keys() for c in pooled if (rest := held_out.without(c))):
         held_out = HeldOut({})  # nothing else teaches
     seconds = 60 * settings.minutes * share
@@ -169,7 +169,7 @@ class _Judge:
 
     def __init__(self, segmenter: VolumeSegmenter, cases: Sequence[LabelledCase], names: Sequence[str]) -> None:
         self.segmenter, self.cases, self.names = segmenter, cases, names
-        self.held_out = HeldOut.choose([segmenter.pool.cases[name] for name in names], enough=2)
+        self.held_out = HeldOut.choose([segmenter.pool.cases[name] for name in names], 2, segmenter.structures)
         self.dice: float | None = None
 
     def seen(self, case: LabelledCase) -> LabelledCase | None:
