@@ -208,12 +208,18 @@ def _read_itk(path: Path) -> Volume:
         raise InputError(f"{path} holds {image.GetNumberOfComponentsPerPixel()} values a voxel. Export a grey image.")
     if image.GetDimension() == 2:
         image = sitk.JoinSeries(image)
-    ndim = image.GetDimension()
-    affine = np.eye(4)
-    affine[:3, :3] = (np.reshape(image.GetDirection(), (ndim, ndim)) * image.GetSpacing())[:3, :3]
-    affine[:3, 3] = image.GetOrigin()[:3]
     voxels = _drop_single_axes(path, sitk.GetArrayFromImage(image).transpose())
-    return Volume(voxels, LPS_TO_RAS @ affine, case_name(path), path=path)
+    return Volume(voxels, _itk_affine(image), case_name(path), path=path)
+
+
+def _itk_affine(image: sitk.Image | sitk.ImageFileReader) -> NDArray[np.float64]:
+    """Affine `(4, 4)` to RAS+ mm of an image of two or more dimensions, or of the header that was read last."""
+    ndim = image.GetDimension()
+    spatial, affine = min(3, ndim), np.eye(4)
+    directions = np.reshape(image.GetDirection(), (ndim, ndim)) * image.GetSpacing()
+    affine[:spatial, :spatial] = directions[:spatial, :spatial]
+    affine[:spatial, 3] = image.GetOrigin()[:spatial]
+    return np.asarray(LPS_TO_RAS @ affine)
 
 
 def data_files(path: Path) -> list[str]:
@@ -271,21 +277,13 @@ def itk_places_alike(path: Path) -> bool:
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
-        affine, size = nib.load(path).affine, np.ones(3)
+        affine = nib.load(path).affine
     except _READ_ERRORS:
         return False
-    dimensions = reader.GetDimension()
-    spatial = min(3, dimensions)
-    found = np.eye(4)
-    direction = np.array(reader.GetDirection()).reshape(dimensions, dimensions)
-    found[:spatial, :spatial] = (direction * reader.GetSpacing())[:spatial, :spatial]
-    found[:spatial, 3] = reader.GetOrigin()[:spatial]
-    size[:spatial] = reader.GetSize()[:spatial]
-    corners = np.array([[*corner, 1] for corner in product(*([0, extent - 1] for extent in size[:spatial]))])
-    if spatial < 3:
-        corners = np.insert(corners, range(spatial, 3), 0, axis=1)
-    apart = np.abs(corners @ (LPS_TO_RAS @ found - affine).T).max()
-    return bool(apart <= _MOST_MOVED * min(reader.GetSpacing()[:spatial]))
+    size = (*reader.GetSize(), 1)[:3]
+    corners = np.array([[*corner, 1] for corner in product(*({0, extent - 1} for extent in size))])
+    apart = np.abs(corners @ (_itk_affine(reader) - affine).T).max()
+    return bool(apart <= _MOST_MOVED * min(reader.GetSpacing()[:3]))
 
 
 def nifti_image(volume: Volume, voxels: NDArray[Any]) -> nib.Nifti1Image:
