@@ -1,13 +1,14 @@
 """Pairing of images and labels, and the checks of a pair."""
 
 import json
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
-from ofl_sam2.dataset import Case, default_structures, find_cases, load_case, parse_structures
+from ofl_sam2.dataset import Case, LazyCases, default_structures, find_cases, load_case, parse_structures
 from ofl_sam2.errors import InputError
 from ofl_sam2.files import read_volume
 from ofl_sam2.looks import Viewpoint
@@ -161,6 +162,23 @@ def test_an_image_in_place_of_a_label_is_refused(tmp_path):
 def test_a_case_without_label_is_refused(pair):
     with pytest.raises(InputError, match="has no label"):
         load_case(Case("a", pair.image))
+
+
+@pytest.mark.parametrize(("room", "read_again"), [(0, 2), (200, 1), (10_000, 0)])
+def test_images_that_do_not_fit_into_memory_are_read_each_time(pair, room, read_again):
+    read, lazy = [], LazyCases(room)
+    cases = [load_case(replace(pair, name=name), ignore_empty_slices=name == "b") for name in "ab"]
+    cases = [replace(case, volume=replace(case.volume, name=name)) for name, case in zip("ab", cases, strict=True)]
+    for case in cases:
+        lazy.add(case, lambda: read.append(pair.image) or read_volume(pair.image))
+    pair.label.unlink()
+    assert len(lazy) == 2 and not read
+    for one, other in zip(lazy, cases, strict=True):
+        assert np.array_equal(one.volume.voxels, other.volume.voxels) and one.volume.name == other.volume.name
+        assert np.array_equal(one.labels, other.labels) and one.labels.dtype == other.labels.dtype
+        assert one.values == other.values and one.ignore_empty_slices == other.ignore_empty_slices
+        assert one.labelled_slices == other.labelled_slices
+    assert len(read) == read_again
 
 
 def test_frames_with_a_mask_file_are_the_labelled_slices(tmp_path):

@@ -32,7 +32,7 @@ from ofl_sam2.store import load_model, read_index
 from ofl_sam2.training import pretraining
 from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.pretraining import Stage
-from ofl_sam2.training.settings import TrainingSettings
+from ofl_sam2.training.settings import TrainingResult, TrainingSettings
 
 QUICK = TrainingSettings(epochs=2, steps_per_epoch=1, episodes=1, copies=1)
 
@@ -156,8 +156,12 @@ def test_an_interrupted_training_is_saved_but_not_called_finished(learn, study, 
     before = segmenter.learner.projection.weight.clone()
     cancel, train = CancelToken(), jobs.train
 
-    def interrupted(segmenter, cases, settings, checkpoint, report, *rest):
-        return train(segmenter, cases, settings, checkpoint, lambda entry: (report(entry), cancel.cancel()), *rest)
+    def interrupted(segmenter, cases, settings, checkpoint, report, *rest, **options):
+        def report_and_cancel(entry):
+            report(entry)
+            cancel.cancel()
+
+        return train(segmenter, cases, settings, checkpoint, report_and_cancel, *rest, **options)
 
     monkeypatch.setattr(jobs, "train", interrupted)
     monkeypatch.setattr(HeldOut, "dice", lambda *_: None)
@@ -165,6 +169,20 @@ def test_an_interrupted_training_is_saved_but_not_called_finished(learn, study, 
         train_on(study, tmp_path / "model", segmenter, names, settings, cancel)
     assert "trained_on" not in read_index(tmp_path / "model").notes
     assert not torch.equal(load_model(tmp_path / "model").learner.projection.weight, before)
+
+
+def test_a_second_training_knows_which_cases_the_first_one_was_fitted_to(learn, study, tmp_path, monkeypatch):
+    told = []
+
+    def trained(*_, fitted):
+        told.append(list(fitted))
+        return TrainingResult([], None, None, False)
+
+    monkeypatch.setattr(jobs, "train", trained)
+    for names in (["a"], ["a", "b"]):
+        segmenter, _ = learn(names)
+        train_on(study, tmp_path / "model", segmenter, names)
+    assert told == [[], ["a"]]
 
 
 def test_segmenting_tells_results_from_failures(learn, study, tmp_path):

@@ -16,7 +16,7 @@ from ofl_sam2.errors import Cancelled, InputError
 from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.memory.cache import FeatureCache
-from ofl_sam2.memory.pool import MAIN
+from ofl_sam2.memory.pool import MAIN, View
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.segmenter import VolumeSegmenter, with_settings
 from ofl_sam2.volume import Volume, canonical_view
@@ -115,6 +115,21 @@ def test_what_no_close_up_frames_is_seen_from_all_sides(magnifying, monkeypatch)
     one_view = with_settings(segmenter, close_ups=False, side_views=False).segment(query)
     assert (result.labels != whole.labels).mean() < 1e-3 < (result.labels != one_view.labels).mean()
     assert result.quality["structure_1"] == pytest.approx(whole.quality["structure_1"], abs=1e-3)
+
+
+def test_a_structure_without_side_views_leaves_those_of_the_others(magnifying, make_segmenter, make_case):
+    alone, query = magnifying
+    thick = make_case("thick", seed=3, grid=(40, 36, 8), values=(1,))
+    labels = np.where(thick.labels > 0, 2, 0).astype(np.uint8)
+    both = make_segmenter((), learner=alone.learner)
+    both.pools, both.viewpoint = dict(alone.pools), alone.viewpoint
+    both.learn([replace(thick, labels=labels, values=(2,))], {1: "one", 2: "two"})
+    both = with_settings(both, close_ups=False)
+    assert both.view(View(0)).values == (1,) and both.view(MAIN).values == (1, 2)
+    seen = []
+    result = both.segment(query, lambda done, total: seen.append(total))
+    assert max(seen) == sum(query.grid)
+    assert set(np.unique(result.labels)) <= {0, 1, 2} and (result.labels == 1).any()
 
 
 def test_without_close_ups_and_side_views_a_volume_is_looked_at_once(magnifying):

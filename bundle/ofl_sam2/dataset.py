@@ -1,8 +1,9 @@
 """Cases: images paired with their labels by name."""
 
+import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ofl_sam2.volume import Volume
 
 MAX_VALUE = 65535
 _MAX_STRUCTURES = 255
+_KEPT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,48 @@ class LabelledCase:
             raise InputError(
                 f"The label of {self.volume.name} holds the value {max(self.values)}. Use values from 1 to {MAX_VALUE}."
             )
+
+
+class LazyCases(Sequence[LabelledCase]):
+    """Cases of which the first ones stay in memory, and the images of the others are read each time they are asked for.
+
+    Labels stay as they were when their case was added, whatever people save meanwhile.
+
+    Args:
+        most_bytes: bound on the images and labels that stay.
+    """
+
+    def __init__(self, most_bytes: int = _KEPT_BYTES) -> None:
+        self._room = most_bytes
+        self._cases: list[Callable[[], LabelledCase]] = []
+
+    def add(self, case: LabelledCase, read: Callable[[], Volume]) -> None:
+        """Add a case, and how to read its image again."""
+        size = case.volume.voxels.nbytes + case.labels.nbytes
+        if size <= self._room:
+            self._room -= size
+            self._cases.append(lambda: case)
+        else:
+            self._cases.append(_packed(case, read))
+
+    def __len__(self) -> int:
+        return len(self._cases)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._cases[index]()
+
+
+def _packed(case: LabelledCase, read: Callable[[], Volume]) -> Callable[[], LabelledCase]:
+    """What makes a case anew, from its packed label and its image."""
+    name, dtype, shape = case.volume.name, case.labels.dtype, case.labels.shape
+    values, slices, ignore = case.values, case.labelled_slices, case.ignore_empty_slices
+    packed = zlib.compress(np.ascontiguousarray(case.labels).data, level=1)
+
+    def unpacked() -> LabelledCase:
+        labels = np.frombuffer(zlib.decompress(packed), dtype).reshape(shape)
+        return LabelledCase(replace(read(), name=name), labels, values, slices, ignore)
+
+    return unpacked
 
 
 def find_cases(images: Path, labels: Path | None = None, cases: Sequence[str] | None = None) -> list[Case]:

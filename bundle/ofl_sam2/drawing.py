@@ -1,7 +1,7 @@
 """From a volume to its label map: an overview of the whole, then close-ups of small structures."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, cast
@@ -74,32 +74,33 @@ class Drawing:
     def _look(self, canvas: Canvas, window: Window | None, values: tuple[int, ...], overview: bool) -> None:
         """Draw structures from all views of the volume or a window, from the main one alone for an overview."""
         stacks = self.viewpoint.stacks(self.volume, self.grey, window)
-        usable = {view: stack for view, stack in stacks.items() if self._can_show(view, values)}
+        usable = {view: shown for view in stacks if (shown := self._shown(view, values))}
         grid = next(iter(stacks.values())).volume.grid
         region, rows = window.slices if window else (), [self.values.index(value) for value in values]
         self.quality.forget(rows)
         if not is_averaged(grid, len(values)):
-            main, stack = next((view, stack) for view, stack in usable.items() if view.axis is None)
+            main, stack = next((view, stack) for view, stack in stacks.items() if view.axis is None)
             for index, probability in self._probabilities(main, stack, values, window):
                 part = partial(_slice_of, stack, region, index)
                 self._paint(canvas, part, values, probability, probability, (_SURFACE, _SURFACE))
             return
         seen = None if window else self.overview
         if overview or seen is not None:
-            usable = {view: stack for view, stack in usable.items() if (view.axis is None) is overview}
+            usable = {view: shown for view, shown in usable.items() if (view.axis is None) is overview}
         total = torch.zeros(len(values), *grid) if seen is None else seen[rows].float()
-        for view, stack in usable.items():
-            for index, probability in self._probabilities(view, stack, values, window):
-                for row, found in zip(total.numpy(), probability.numpy(), strict=True):
-                    stack.slice_of(row, index)[...] += found
-        views = len(usable) + (seen is not None)
-        total /= views
+        for view, shown in usable.items():
+            drawn = [total[values.index(value)].numpy() for value in shown]
+            for index, probability in self._probabilities(view, stacks[view], shown, window):
+                for row, found in zip(drawn, probability.numpy(), strict=True):
+                    stacks[view].slice_of(row, index)[...] += found
+        views = [sum(value in shown for shown in usable.values()) + (seen is not None) for value in values]
+        total /= _by_structure(views, total)
         if overview:
             self.overview = total.half()
         elif window and self.overview is not None:
             total = (total + self.overview[rows][(slice(None), *region)]) / 2
         second = None if self.by_unet is None else self.by_unet[rows][(slice(None), *region)].float()
-        weight = self.segmenter.settings.unet_weight(views)
+        weight = _by_structure(map(self.segmenter.settings.unet_weight, views), total)
         smooth, surface = self._smoothed(total), self._widths(_SURFACE)
         self._paint(canvas, itemgetter(region), values, total, smooth, surface, second, weight)
 
@@ -142,7 +143,7 @@ class Drawing:
         smooth: Tensor,
         surface: Sequence[float],
         second: Tensor | None = None,
-        weight: float = 0.0,
+        weight: Tensor | float = 0.0,
     ) -> None:
         """Draw what is smoothly likelier than the threshold, and count the quality of what is drawn."""
         scores = scored(smooth, self.segmenter.settings.threshold, second, weight)
@@ -169,9 +170,10 @@ class Drawing:
             yield result
             self.watch.advance()
 
-    def _can_show(self, view: View, values: tuple[int, ...]) -> bool:
+    def _shown(self, view: View, values: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of the structures that can be segmented in a view."""
         learned = self.segmenter.view(view)
-        return learned is not None and set(values) <= set(learned.values)
+        return tuple(value for value in values if value in learned.values) if learned else ()
 
 
 def is_averaged(grid: Sequence[int], count: int) -> bool:
@@ -179,14 +181,16 @@ def is_averaged(grid: Sequence[int], count: int) -> bool:
     return count * math.prod(grid) <= MAX_AVERAGED
 
 
-def scored(probabilities: Tensor, threshold: float, second: Tensor | None = None, weight: float = 0.0) -> Tensor:
+def scored(
+    probabilities: Tensor, threshold: float, second: Tensor | None = None, weight: Tensor | float = 0.0
+) -> Tensor:
     """Logits that are positive where a structure is drawn.
 
     Args:
         probabilities: of the learner, `(k, ...)`.
         threshold: probability from which it draws.
         second: those of the U-Net, which draws from 0.5 on; NaN where it does not know.
-        weight: of the U-Net, below 1.
+        weight: of the U-Net, below 1; of each structure, if its shape can be broadcast.
     """
     scores = probabilities.logit(_EPS) - math.log(threshold / (1 - threshold))
     if second is None:
@@ -194,6 +198,11 @@ def scored(probabilities: Tensor, threshold: float, second: Tensor | None = None
     limit = math.log(1 / _EPS)
     both = (1 - weight) * scores.clamp(-limit, limit) + weight * second.logit(_EPS)
     return torch.where(both.isnan(), scores, both)
+
+
+def _by_structure(numbers: Iterable[float], maps: Tensor) -> Tensor:
+    """A number for each of the maps `(k, ...)`, to be broadcast."""
+    return torch.tensor(list(numbers)).reshape(-1, *[1] * (maps.dim() - 1))
 
 
 def _slice_of(stack: SliceStack, region: tuple[slice, ...], index: int, array: NDArray[Any]) -> NDArray[Any]:

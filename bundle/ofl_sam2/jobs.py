@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from ofl_sam2.atomic import atomic_path
 from ofl_sam2.backbone.frozen import SAM2Backbone
 from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.console import err, progress
-from ofl_sam2.dataset import Case, LabelledCase, find_cases, load_case, parse_structures
+from ofl_sam2.dataset import Case, LabelledCase, LazyCases, find_cases, load_case, parse_structures
 from ofl_sam2.errors import InputError, ModelError
 from ofl_sam2.files import case_name, image_suffix, is_image, is_sequence, read_volume, write_labels
 from ofl_sam2.intensity import parse_window
@@ -153,7 +154,9 @@ def train_cases(
     Raises:
         Cancelled: stopped by `cancel`; what was fitted until then is saved.
     """
-    loaded = list(_load(_labelled(images, labels, cases), ignore_empty_slices))
+    loaded, chosen = LazyCases(), _labelled(images, labels, cases)
+    for case, labelled in zip(chosen, _load(chosen, ignore_empty_slices), strict=True):
+        loaded.add(labelled, partial(read_volume, case.image))
     with progress("encode augmented copies") as encoded, progress("train", unit="%") as trained:
         result = train(
             segmenter,
@@ -163,6 +166,7 @@ def train_cases(
             lambda report: trained(round(100 * report.share), 100),
             encoded,
             cancel,
+            fitted=read_index(model).notes.get("trained_on", ()),
         )
     seconds = result.reports[-1].seconds if result.reports else 0.0
     finished = {} if cancel.cancelled else {"trained_on": list(cases)}

@@ -126,3 +126,15 @@ def test_unreadable_image_is_not_in_the_way(fresh_workspace: Workspace, make_stu
     data.vanished.add("synthetic_000")
     chosen = order(fresh_workspace, "diverse_first", data)
     assert set(chosen[-2:]) == {"broken", "synthetic_000"} and len(chosen) == 5
+
+
+def test_many_unreadable_images_are_not_in_the_way(
+    fresh_workspace: Workspace, make_studies: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = make_studies()
+    readable = set(data.list_images())
+    for number in range(30):
+        (data.folder / f"broken{number}.nii.gz").write_bytes(b"no image")
+    strategy = strategies(fresh_workspace)["diverse_first"]
+    assert {strategy({}, data)["id"] for _ in range(2)} <= readable
+    assert sum("cannot be described" in message for message in caplog.messages) == 30

@@ -12,7 +12,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from lib.cases import LazyCases
 from lib.trainers import ofl_sam2 as task
 from lib.trainers.ofl_sam2 import OFLSAM2Trainer
 from lib.workspace import Workspace
@@ -108,6 +107,22 @@ def test_result_that_cannot_be_compared_says_so(
     monkeypatch.setattr(task, "train", outcome_of(None, None, improved=True))
     stats = OFLSAM2Trainer(workspace)({}, make_studies(LABELLED))
     assert stats["published"] and "too few labels" in stats["message"] and stats["best_metric"] == 0.0
+
+
+def test_a_second_training_knows_which_cases_the_first_one_was_fitted_to(
+    workspace: Workspace, make_studies: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[str]] = []
+    trained = outcome_of(0.5, 0.75, improved=True)
+
+    def train(*args: Any, fitted: Any, **options: Any) -> TrainingResult:
+        told.append(sorted(fitted))
+        return trained(*args, **options)
+
+    monkeypatch.setattr(task, "train", train)
+    for _ in range(2):
+        OFLSAM2Trainer(workspace)({}, make_studies(LABELLED))
+    assert told == [[], LABELLED]
 
 
 def test_labels_that_the_snapshot_does_not_know_are_learned_first(
@@ -206,15 +221,3 @@ def test_killed_training_leaves_the_snapshot_and_says_stopped(workspace: Workspa
     stopped = trainer.stats()
     assert stopped["state"] == "stopped" and not stopped["published"] and "total_time" in stopped
     assert workspace.snapshots.current().version == 1
-
-
-def test_images_of_lazy_cases_are_read_each_time(studies: Path, cases: Any) -> None:
-    found: list[str] = []
-    lazy = LazyCases(lambda name: found.append(name) or studies / f"{name}.nii.gz")  # type: ignore[func-returns-value]
-    for case in cases[:2]:
-        lazy.add(case)
-    assert len(lazy) == 2 and found == []
-    for one, other in zip([*lazy, lazy[1]], [*cases[:2], cases[1]], strict=True):
-        assert np.array_equal(one.volume.voxels, other.volume.voxels) and one.volume.name == other.volume.name
-        assert np.array_equal(one.labels, other.labels) and one.values == other.values
-    assert found == ["synthetic_000", "synthetic_001", "synthetic_001"]

@@ -38,6 +38,13 @@ def test_a_case_that_shares_structures_with_the_others_is_held_out(enough):
     assert {key for _, key in HeldOut.choose([alone, *others], enough, (1, 7)).rows} == {"b"}
 
 
+@pytest.mark.parametrize(("fitted", "apart"), [("abce", {"d"}), ("abcd", {"a"}), ("abcde", {"a"}), ("", {"a"})])
+def test_a_case_that_was_not_fitted_before_is_held_out(fitted, apart):
+    cases = [pooled(name) for name in "abcde"]
+    cases[4].labels[cases[4].labels > 0] = 7
+    assert {key for _, key in HeldOut.choose(cases, fitted=fitted).rows} == apart
+
+
 def test_no_more_than_four_cases_are_held_out():
     assert len(HeldOut.choose([pooled(f"{number:03d}") for number in range(100)]).rows) == 4
 

@@ -269,7 +269,7 @@ def test_a_unet_is_fitted_afterwards_and_kept_if_it_helps_what_was_kept(build, c
 
     views = {4: (MAIN, View(0)), 2: (MAIN,)}
 
-    def choose(cases, enough=4, structures=None):
+    def choose(cases, enough=4, *_, **__):
         return HeldOut({(view, "a"): (2,) for view in views[enough]})
 
     monkeypatch.setattr(HeldOut, "choose", choose)

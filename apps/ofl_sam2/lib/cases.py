@@ -1,8 +1,7 @@
 """Labels of the studies as cases that the library learns from."""
 
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from ofl_sam2.dataset import Case, LabelledCase, load_case
 from ofl_sam2.errors import InputError
-from ofl_sam2.files import read_volume
 from ofl_sam2.service.journal import label_version
 from ofl_sam2.service.label_files import content_sha256
 from ofl_sam2.service.structures import StructureRegistry
@@ -99,44 +97,3 @@ def result_tag(request: dict[str, Any]) -> str:
     if tag == FINAL:
         raise InputError("Results cannot be saved as 'final': final labels are learned from. Use 'original'.")
     return str(tag)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A case without its image, whose label is packed."""
-
-    name: str
-    labels: bytes
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    values: tuple[int, ...]
-    labelled_slices: tuple[int, ...] | None
-
-
-class LazyCases(Sequence[LabelledCase]):
-    """Cases whose images are read each time they are asked for, so that memory hardly grows with their number.
-
-    Labels stay as they were when their case was added, whatever people save meanwhile.
-
-    Args:
-        find: id of an image, which is the name of its case -> where it lies.
-    """
-
-    def __init__(self, find: Callable[[str], Path]) -> None:
-        self._find = find
-        self._kept: list[_Kept] = []
-
-    def add(self, case: LabelledCase) -> None:
-        """Add a case."""
-        name, labels = case.volume.name, case.labels
-        packed = zlib.compress(np.ascontiguousarray(labels), level=1)
-        self._kept.append(_Kept(name, packed, labels.dtype, labels.shape, case.values, case.labelled_slices))
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, index: Any) -> Any:
-        kept = self._kept[index]
-        labels = np.frombuffer(zlib.decompress(kept.labels), kept.dtype).reshape(kept.shape)
-        volume = replace(read_volume(self._find(kept.name)), name=kept.name)
-        return LabelledCase(volume, labels, kept.values, kept.labelled_slices)

@@ -34,11 +34,16 @@ class HeldOut:
 
     @classmethod
     def choose(
-        cls, cases: Sequence[PooledCase], enough: int = ENOUGH_CASES, structures: Collection[int] | None = None
+        cls,
+        cases: Sequence[PooledCase],
+        enough: int = ENOUGH_CASES,
+        structures: Collection[int] | None = None,
+        fitted: Collection[str] = (),
     ) -> "HeldOut":
         """Choose among all views of the cases to train on; whole ones of `enough`, which are two or more.
 
-        Cases that share most of the structures, by default all label values, with the others tell most.
+        Cases that share most of the structures, by default all label values, with the others tell most. Those that the
+        parameters were `fitted` to before flatter what there was, so others are chosen where there are any.
         """
         names = sorted({case.name for case in cases})
         if len(names) < enough:
@@ -48,7 +53,8 @@ class HeldOut:
         shared = {value for value in structures or holders if holders[value] > 1}
         names.sort(key=lambda name: -len(shared & taught[name]))
         most = min(_MOST_CASES, max(1, len(names) // ENOUGH_CASES))
-        apart = set(names[::_CASES_PER_HELD_OUT][:most])
+        fair = [name for name in names if name not in fitted and shared & taught[name]]
+        apart = set((fair or names)[::_CASES_PER_HELD_OUT][:most])
         return cls({(c.view, c.key): tuple(range(len(c))) for c in cases if c.name in apart})
 
     def without(self, case: PooledCase) -> PooledCase | None:

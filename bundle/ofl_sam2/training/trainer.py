@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -38,6 +38,7 @@ def train(
     encoded: Progress | None = None,
     cancel: CancelToken | None = None,
     attach: Callable[[Engine], None] | None = None,
+    fitted: Collection[str] = (),
 ) -> TrainingResult:
     """Fit learner and fusion of a segmenter that has learned these cases; SAM2 stays as it is.
 
@@ -59,6 +60,7 @@ def train(
         cancel: to stop at the next step.
         attach: called with the engine before it runs; its output is the loss of a step. At the end of an epoch the
             segmenter has what is fitted so far.
+        fitted: names of the cases of earlier trainings; others are held out where there are any.
 
     Raises:
         InputError: the segmenter has not learned yet, or there are more processes than episodes.
@@ -71,13 +73,16 @@ def train(
         raise InputError(
             f"{world_size()} processes cannot share {settings.episodes} episodes. Give as many episodes as processes."
         )
-    names = [case.volume.name for case in cases]
-    judge = _Judge(segmenter, cases, names)
-    share = _unet_share(segmenter, cases, settings.minutes) if judge.held_out.rows else 0.0
+    grids = {case.volume.name: case.volume.grid for case in cases}
+    names = list(grids)
+    judge = _Judge(segmenter, cases, names, fitted)
+    share = _unet_share(segmenter, grids.values(), settings.minutes) if judge.held_out.rows else 0.0
     alone = judge.held_out.dice(segmenter) if share else None
     result = TrainingResult([], alone, None, False)
     if share < 1:
-        result = _fit_learner(segmenter, cases, names, settings, 1 - share, checkpoint, report, encoded, cancel, attach)
+        result = _fit_learner(
+            segmenter, cases, names, fitted, settings, 1 - share, checkpoint, report, encoded, cancel, attach
+        )
     reports = result.reports
     if share:
         unet = _fit_unet(segmenter, cases, judge, settings, share, reports, report, cancel)
@@ -96,6 +101,7 @@ def _fit_learner(
     segmenter: VolumeSegmenter,
     cases: Sequence[LabelledCase],
     names: Sequence[str],
+    fitted: Collection[str],
     settings: TrainingSettings,
     share: float,
     checkpoint: Path | None,
@@ -107,7 +113,7 @@ def _fit_learner(
     """Fit learner and fusion in their share of the time, see `train`."""
     started = time.perf_counter()
     pooled = [c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names]
-    held_out = HeldOut.choose(pooled, structures=segmenter.structures)
+    held_out = HeldOut.choose(pooled, structures=segmenter.structures, fitted=fitted)
     if not any(rest.known & segmenter.structures.keys() for c in pooled if (rest := held_out.without(c))):
         held_out = HeldOut({})  # nothing else teaches
     seconds = 60 * settings.minutes * share
@@ -143,20 +149,20 @@ def _seconds_a_slice(segmenter: VolumeSegmenter) -> float:
     return max(time.perf_counter() - started, 1e-6)
 
 
-def _unet_share(segmenter: VolumeSegmenter, cases: Sequence[LabelledCase], minutes: float) -> float:
+def _unet_share(segmenter: VolumeSegmenter, grids: Collection[tuple[int, ...]], minutes: float) -> float:
     """Share of the time for the U-Net; none if a volume is too large to average probabilities in.
 
     It is smaller where the learner needs the time: with few cases, or if it was never fitted. One that was is left as
     it is if there is little time, and with a lone case: the neighbours of held-out slices do not tell what it draws in
     other cases.
     """
-    if not all(is_averaged(case.volume.grid, len(segmenter.structures)) for case in cases):
+    if not all(is_averaged(grid, len(segmenter.structures)) for grid in grids):
         return 0.0
     if not segmenter.learner.fitted:
         return _UNET
-    if len(cases) == 1 or minutes < _MINUTES_FOR_BOTH:
+    if len(grids) == 1 or minutes < _MINUTES_FOR_BOTH:
         return 1.0
-    return _MANY_UNET if len(cases) >= ENOUGH_CASES else _UNET
+    return _MANY_UNET if len(grids) >= ENOUGH_CASES else _UNET
 
 
 class _Judge:
@@ -167,9 +173,16 @@ class _Judge:
         dice: on them, with the last U-Net asked about.
     """
 
-    def __init__(self, segmenter: VolumeSegmenter, cases: Sequence[LabelledCase], names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        segmenter: VolumeSegmenter,
+        cases: Sequence[LabelledCase],
+        names: Sequence[str],
+        fitted: Collection[str],
+    ) -> None:
         self.segmenter, self.cases, self.names = segmenter, cases, names
-        self.held_out = HeldOut.choose([segmenter.pool.cases[name] for name in names], 2, segmenter.structures)
+        pooled = [segmenter.pool.cases[name] for name in names]
+        self.held_out = HeldOut.choose(pooled, 2, segmenter.structures, fitted)
         self.dice: float | None = None
 
     def seen(self, case: LabelledCase) -> LabelledCase | None:

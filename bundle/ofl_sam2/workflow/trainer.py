@@ -12,13 +12,14 @@ from monai.handlers import CheckpointLoader, EarlyStopHandler, StatsHandler, Ten
 from torch.utils.data import Dataset
 
 from ofl_sam2.atomic import atomic_path
-from ofl_sam2.dataset import LabelledCase, parse_structures
+from ofl_sam2.dataset import LabelledCase, LazyCases, parse_structures
 from ofl_sam2.errors import InputError
 from ofl_sam2.jobs import CHECKPOINT
-from ofl_sam2.store import save_model
+from ofl_sam2.store import is_model, read_index, save_model
 from ofl_sam2.training.processes import rank, wait, world_size
 from ofl_sam2.training.settings import TrainingSettings
 from ofl_sam2.training.trainer import train
+from ofl_sam2.volume import Volume
 from ofl_sam2.workflow.data import case_names
 from ofl_sam2.workflow.network import FewShotNetwork, open_model
 from ofl_sam2.workflow.run import config_key
@@ -85,6 +86,7 @@ class EpisodicTrainer:
             InputError, ModelError, WeightsError: with the name of the config key in front.
         """
         cases = self._cases()
+        notes = read_index(self.model_dir).notes if is_model(self.model_dir) else {}
         segmenter = self.open()
         with config_key("val_cases"):
             if known := sorted(segmenter.pool.cases.keys() & (self.validated or [])):
@@ -97,9 +99,10 @@ class EpisodicTrainer:
         self.network.use(segmenter)
         wait()
         if rank() == 0:
-            save_model(segmenter, self.model_dir)
+            save_model(segmenter, self.model_dir, notes)
         self._load_state()
-        result = train(segmenter, cases, self.settings, self.model_dir / CHECKPOINT, attach=self._attach)
+        checkpoint, fitted = self.model_dir / CHECKPOINT, notes.get("trained_on", ())
+        result = train(segmenter, cases, self.settings, checkpoint, attach=self._attach, fitted=fitted)
         _log.info(
             "Dice of held-out slices %s -> %s: the fitted parameters are %s.",
             result.dice_before,
@@ -113,12 +116,17 @@ class EpisodicTrainer:
             with atomic_path(f"{self.model_dir}.pt") as temporary:
                 torch.save(self.network.state_dict(), temporary)
 
-    def _cases(self) -> list[LabelledCase]:
+    def _cases(self) -> LazyCases:
+        cases = LazyCases()
         with config_key("train#dataset#data"):
-            cases = [self.dataset[i] for i in range(len(self.dataset))]  # type: ignore[arg-type]
+            for number in range(len(self.dataset)):  # type: ignore[arg-type]
+                cases.add(self.dataset[number], partial(self._image, number))
             if not cases:
                 raise InputError("There is nothing to train on. Name cases that have a label.")
         return cases
+
+    def _image(self, number: int) -> Volume:
+        return self.dataset[number].volume
 
     def _load_state(self) -> None:
         """Let a CheckpointLoader among the handlers act now, before an interrupted training resumes."""

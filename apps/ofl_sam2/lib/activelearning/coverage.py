@@ -34,6 +34,7 @@ class Coverage:
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
+        self._unreadable: set[str] = set()
 
     def farthest(self, candidates: Sequence[str], labelled: Sequence[str], datastore: Datastore) -> tuple[str, float]:
         """The candidate farthest from all labelled images; without these the most typical candidate.
@@ -64,16 +65,20 @@ class Coverage:
         return None if entry is None else entry["descriptor"]
 
     def _described(self, images: Sequence[str], datastore: Datastore, encoder: VolumeSegmenter) -> dict[str, Tensor]:
-        """Descriptors of the images that have one, and of the first few that do not."""
+        """Descriptors of the images that have one, and of the first few that do not; unreadable ones are tried once."""
         found, new = {}, 0
         for image in images:
-            descriptor = self.known(image, datastore, encoder)
-            if descriptor is None and new < _NEW_A_CALL:
-                new += 1
+            descriptor, key = self.known(image, datastore, encoder), self._key(image, datastore, encoder)
+            if descriptor is None and new < _NEW_A_CALL and key not in self._unreadable:
                 try:
                     descriptor = self._describe(image, datastore, encoder)
-                except (InputError, ArchiveError) as error:
+                    new += 1
+                except InputError as error:
                     logger.warning("%s cannot be described: %s", image, error)
+                    self._unreadable.add(key)
+                except ArchiveError as error:
+                    logger.warning("%s cannot be described: %s", image, error)
+                    new += 1
             if descriptor is not None:
                 found[image] = descriptor
         return found

@@ -2,22 +2,26 @@
 
 import logging
 import math
+from functools import partial
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
-from lib.cases import LazyCases, image_path, read_unchanged_case
+from lib.cases import image_path, read_unchanged_case
 from lib.datastores.archive import ArchiveError
 from lib.jobs import ServerToken
 from lib.trainers.stats import TrainingStats
 from lib.workspace import Workspace
+from ofl_sam2.dataset import LazyCases
 from ofl_sam2.errors import InputError
+from ofl_sam2.files import read_volume
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.service.structures import StructureRegistry
 from ofl_sam2.store import load_model
 from ofl_sam2.training.settings import EpochReport, TrainingResult, TrainingSettings
 from ofl_sam2.training.trainer import train
+from ofl_sam2.volume import Volume
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +82,8 @@ class OFLSAM2Trainer(TrainTask):
             raise InputError("The studies hold no final label to train on. Save one first.")
         self._stats.update(state="encoding", cases=len(cases), left_out=left_out)
         checkpoint, token = options.model_root / "training.pt", ServerToken()
-        result = train(segmenter, cases, settings, checkpoint, self._report, cancel=token)
+        fitted = current.notes.get("trained_on", {})
+        result = train(segmenter, cases, settings, checkpoint, self._report, cancel=token, fitted=fitted)
         token.check()
         version = self._publish(segmenter, trained_on) if result.improved else None
         self._stats.finish(state="done", **_outcome(result, version))
@@ -112,7 +117,7 @@ def _learn_all(
     Returns:
         Cases that can be trained on, and image -> version of their labels; the other images and why not.
     """
-    cases = LazyCases(lambda image_id: image_path(datastore, image_id))
+    cases = LazyCases()
     trained_on, left_out = dict[str, str](), dict[str, str]()
     for image_id in sorted(datastore.get_labeled_images()):
         try:
@@ -122,11 +127,15 @@ def _learn_all(
                 segmenter.rename(names)
                 values = {*segmenter.pool.values(), *case.values}
                 segmenter.learn([case], {value: name for value, name in names.items() if value in values})
-            cases.add(case)
+            cases.add(case, partial(_read_image, datastore, image_id))
             trained_on[image_id] = version
         except (InputError, ArchiveError) as error:
             left_out[image_id] = str(error)
     return cases, trained_on, left_out
+
+
+def _read_image(datastore: Datastore, image_id: str) -> Volume:
+    return read_volume(image_path(datastore, image_id))
 
 
 def read_settings(request: dict[str, Any]) -> TrainingSettings:
