@@ -98,3 +98,15 @@ def make_segmenter(
         return segmenter
 
     return build
+
+
+@pytest.fixture(scope="session")
+def cube() -> Callable[..., np.ndarray]:
+    """Build labels with a cube of 1."""
+
+    def build(start: tuple[int, int, int], side: int = 8, shape: tuple[int, int, int] = (24, 24, 24)) -> np.ndarray:
+        labels = np.zeros(shape, np.uint8)
+        labels[tuple(slice(first, first + side) for first in start)] = 1
+        return labels
+
+    return build

@@ -24,14 +24,15 @@ from pydicom.uid import ExplicitVRLittleEndian
 from safetensors.torch import load_file
 
 import ofl_sam2
-from ofl_sam2 import jobs
+from ofl_sam2 import jobs, pretraining_jobs
 from ofl_sam2.backbone import weights
 from ofl_sam2.backbone.build import build_sam2
 from ofl_sam2.backbone.configs import BACKBONES
 from ofl_sam2.cli import main
 from ofl_sam2.files import read_labels, read_volume
 from ofl_sam2.learner.load import WEIGHTS, read_learner
-from ofl_sam2.store import INDEX, load_model, read_index
+from ofl_sam2.model_index import INDEX, read_index
+from ofl_sam2.store import load_model
 from ofl_sam2.training import pretraining, settings
 from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.pretraining import Stage
@@ -690,7 +691,9 @@ def test_synthetic_volumes_are_written_as_pairs(cli, tmp_path):
 @pytest.fixture
 def quick_stages(monkeypatch):
     stages = (Stage("joint", 0.5, 64, 1, 1, 1e-4, True, True), Stage("learner", 0.5, 64, 1, 1, 1e-4, False, True))
-    monkeypatch.setattr(jobs, "pretrain", lambda *a, **o: pretraining.pretrain(*a, **o, stages=stages, workers=0))
+    monkeypatch.setattr(
+        pretraining_jobs, "pretrain", lambda *a, **o: pretraining.pretrain(*a, **o, stages=stages, workers=0)
+    )
 
 
 @pytest.mark.usefixtures("quick_stages")

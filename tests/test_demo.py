@@ -15,9 +15,9 @@ from ofl_sam2.cli import main
 from ofl_sam2.demo import demo_data, run_demo
 from ofl_sam2.errors import Cancelled, InputError
 from ofl_sam2.files import read_labels
+from ofl_sam2.model_index import read_index
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.segmenter import VolumeSegmenter
-from ofl_sam2.store import read_index
 from ofl_sam2.training import cohort
 from ofl_sam2.training.settings import EpochReport, TrainingResult
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -21,17 +20,14 @@ from ofl_sam2.jobs import (
     default_cache,
     learn_cases,
     open_segmenter,
-    pretrain_nano,
     segment_images,
     train_cases,
 )
-from ofl_sam2.learner.load import read_learner
 from ofl_sam2.memory.pool import MAIN
+from ofl_sam2.model_index import read_index
 from ofl_sam2.progress import CancelToken
-from ofl_sam2.store import load_model, read_index
-from ofl_sam2.training import pretraining
+from ofl_sam2.store import load_model
 from ofl_sam2.training.held_out import HeldOut
-from ofl_sam2.training.pretraining import Stage
 from ofl_sam2.training.settings import TrainingResult, TrainingSettings
 
 QUICK = TrainingSettings(epochs=2, steps_per_epoch=1, episodes=1, copies=1)
@@ -238,20 +234,3 @@ def test_label_maps_are_named_like_their_images(learn, study, tmp_path):
         (output / name).touch()
     images = [tmp_path / name for name in expected]
     assert segment_images(tmp_path / "model", images, output, resume=True) == ({}, {})
-
-
-@pytest.fixture
-def quick_stages(monkeypatch):
-    stages = (Stage("joint", 0.5, 64, 1, 1, 1e-4, True, True), Stage("learner", 0.5, 64, 1, 1, 1e-4, False, True))
-    monkeypatch.setattr(jobs, "pretrain", partial(pretraining.pretrain, stages=stages, workers=0))
-
-
-@pytest.mark.usefixtures("quick_stages")
-def test_a_cancelled_pretraining_still_writes_its_weights(tmp_path):
-    cancel = CancelToken()
-    cancel.cancel()
-    output = tmp_path / "new.safetensors"
-    assert pretrain_nano(output, 1.0, "cpu", None, further=False, seed=0, cancel=cancel) == 0
-    assert output.is_file()
-    assert read_learner(tmp_path / "new_learner.safetensors").channels == 128
-    assert (tmp_path / "new.checkpoint.pt").is_file()

@@ -21,8 +21,9 @@ from ofl_sam2.errors import InputError, ModelError, OFLError, WeightsError
 from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.memory.pool import MAIN
+from ofl_sam2.model_index import FORMAT, INDEX, is_model, read_index
 from ofl_sam2.segmenter import VolumeSegmenter
-from ofl_sam2.store import FORMAT, INDEX, is_model, load_model, read_index, save_model
+from ofl_sam2.store import load_model, save_model
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,8 +20,9 @@ from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.dataset import LabelledCase, find_cases, load_case
 from ofl_sam2.learner.few_shot import FewShotLearner
 from ofl_sam2.learner.load import learner_bytes, shipped_learner
+from ofl_sam2.model_index import is_model, read_index
 from ofl_sam2.segmenter import VolumeSegmenter
-from ofl_sam2.store import is_model, read_index, save_model
+from ofl_sam2.store import save_model
 from ofl_sam2.training.cohort import STRUCTURES, write_cohort
 
 ROOT = Path(__file__).resolve().parents[1]

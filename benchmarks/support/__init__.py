@@ -16,9 +16,10 @@ from ofl_sam2 import __version__
 from ofl_sam2.atomic import atomic_write_text
 from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.dataset import Case, LabelledCase, load_case
-from ofl_sam2.evaluation import CaseScore, Report, score
+from ofl_sam2.evaluation import CaseScore, Report
 from ofl_sam2.learner.load import shipped_learner
 from ofl_sam2.memory.cache import FeatureCache
+from ofl_sam2.metrics import score
 from ofl_sam2.segmenter import Segmentation, VolumeSegmenter
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ofl_sam2.dataset import LabelledCase
-from ofl_sam2.evaluation import METRICS, CaseScore, Report, score
+from ofl_sam2.evaluation import CaseScore, Report
+from ofl_sam2.metrics import METRICS, score
 from ofl_sam2.volume import SliceStack, choose_axis
 
 from . import HIPPOCAMPUS, data_folder, labelled, splits

@@ -234,7 +234,7 @@ def pretrain(
     seed: Seed = 0,
 ) -> None:
     """Pretrain nano and its learner on synthetic volumes, from scratch or further."""
-    from ofl_sam2.jobs import pretrain_nano
+    from ofl_sam2.pretraining_jobs import pretrain_nano
 
     with cancel_on_interrupt() as cancel:
         steps = pretrain_nano(output, minutes, device, resume, further, seed, cancel)
@@ -250,7 +250,7 @@ def pretrain_unet(
     seed: Seed = 0,
 ) -> None:
     """Pretrain the 3D U-Net of `train` on synthetic volumes."""
-    from ofl_sam2.jobs import pretrain_voxels
+    from ofl_sam2.pretraining_jobs import pretrain_voxels
 
     with cancel_on_interrupt() as cancel:
         steps = pretrain_voxels(output, minutes, device, resume, seed, cancel)

@@ -11,12 +11,13 @@ from ofl_sam2 import __version__
 from ofl_sam2.console import err, out, peak_memory_gb, write_json
 from ofl_sam2.dataset import Case, find_cases, load_case
 from ofl_sam2.errors import InputError
-from ofl_sam2.evaluation import CaseScore, Report, score
+from ofl_sam2.evaluation import CaseScore, Report
 from ofl_sam2.files import read_labels
 from ofl_sam2.jobs import check_all_segmented, learn_cases, open_segmenter, segment_images, train_cases
+from ofl_sam2.metrics import score
+from ofl_sam2.model_index import is_model
 from ofl_sam2.overlay import Overlay, case_overlay, summary_figure
 from ofl_sam2.progress import CancelToken
-from ofl_sam2.store import is_model
 from ofl_sam2.training.cohort import STRUCTURES, write_cohort
 from ofl_sam2.training.settings import TrainingSettings
 

@@ -1,36 +1,29 @@
-"""What the commands do, as functions: open a model, learn, train, segment, pretrain."""
+"""What the commands do, as functions: open a model, learn, train, segment."""
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from platformdirs import user_cache_path
-from safetensors.torch import save_file
-from torch import nn
 
-from ofl_sam2.atomic import atomic_path
-from ofl_sam2.backbone.frozen import SAM2Backbone
 from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.console import err, progress
 from ofl_sam2.dataset import Case, LabelledCase, LazyCases, find_cases, load_case, parse_structures
 from ofl_sam2.errors import InputError, ModelError
 from ofl_sam2.files import case_name, image_suffix, is_image, is_sequence, read_volume, write_labels
 from ofl_sam2.intensity import parse_window
-from ofl_sam2.learner.few_shot import FewShotLearner
-from ofl_sam2.learner.load import learner_bytes, shipped_learner
+from ofl_sam2.learner.load import shipped_learner
 from ofl_sam2.memory.cache import FeatureCache
+from ofl_sam2.model_index import is_model, read_index
 from ofl_sam2.progress import CancelToken, Progress
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.settings import Settings
-from ofl_sam2.store import is_model, load_model, read_index, save_model
-from ofl_sam2.training.pretraining import PretrainingState, pretrain
+from ofl_sam2.store import load_model, save_model
 from ofl_sam2.training.settings import TrainingResult, TrainingSettings
 from ofl_sam2.training.trainer import train
-from ofl_sam2.training.voxel_pretraining import VoxelPretraining, pretrain_unet
 
 CACHE_BYTES = 4 << 30
 CHECKPOINT = "training.pt"
@@ -241,81 +234,6 @@ def check_all_segmented(failures: dict[str, str]) -> None:
     if failures:
         reasons = " ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise InputError(f"{len(failures)} of the images could not be segmented. {reasons}")
-
-
-def pretrain_nano(
-    output: Path, minutes: float, device: str, resume: Path | None, further: bool, seed: int, cancel: CancelToken
-) -> int:
-    """Pretrain nano and write its weights, the learner's beside them, and a checkpoint.
-
-    Args:
-        output: where the weights go.
-        minutes: budget, what the checkpoint has spent included.
-        device: "cpu" or "cuda".
-        resume: checkpoint of an earlier run.
-        further: start from the weights of the package instead of random ones.
-        seed: of the random weights and the synthetic volumes.
-        cancel: to stop early; the weights are written.
-
-    Returns:
-        The number of steps so far.
-
-    Raises:
-        InputError: no time, another suffix than .safetensors, two starting points, or a checkpoint that cannot be
-            read.
-    """
-    _check_pretraining(output, minutes, device)
-    if resume and further:
-        raise InputError("Give either --resume or --further: a checkpoint knows what it started from.")
-    if resume:
-        state = PretrainingState.load(resume)
-    else:
-        state = PretrainingState.shipped() if further else PretrainingState.fresh(seed)
-    stage = ""
-    with progress("pretrain", unit="%") as done:
-        for report in pretrain(state, output.with_suffix(".checkpoint.pt"), minutes, device, seed, cancel=cancel):
-            if report.stage != stage:
-                stage = report.stage
-                err.print(f"Stage '{stage}' begins at step {report.step} with loss {report.loss:.3f}.")
-            done(min(100, round(100 * report.share)), 100)
-    backbone, learner = state.result().children()
-    sam2 = cast(SAM2Backbone, backbone).sam2
-    _save_half(sam2, output)
-    with atomic_path(output.with_name(f"{output.stem}_learner.safetensors")) as temporary:
-        temporary.write_bytes(learner_bytes(cast(FewShotLearner, learner)))
-    return state.step
-
-
-def pretrain_voxels(
-    output: Path, minutes: float, device: str, resume: Path | None, seed: int, cancel: CancelToken
-) -> int:
-    """Pretrain the U-Net and write its weights and a checkpoint; as `pretrain_nano`."""
-    _check_pretraining(output, minutes, device)
-    if resume:
-        state = VoxelPretraining.load(resume)
-    else:
-        torch.manual_seed(seed)
-        state = VoxelPretraining()
-    with progress("pretrain", unit="%") as done:
-        for share, _ in pretrain_unet(state, output.with_suffix(".checkpoint.pt"), minutes, device, seed, cancel):
-            done(round(100 * share), 100)
-    _save_half(state.trunk, output)
-    return int(state.step)
-
-
-def _check_pretraining(output: Path, minutes: float, device: str) -> None:
-    check_device(device)
-    if not 0 < minutes < math.inf:
-        raise InputError(f"Pretraining for {minutes:g} minutes is not possible. Give a positive number of --minutes.")
-    if output.suffix != ".safetensors":
-        raise InputError(f"The weights are written as .safetensors, not as {output.name}. Choose such a name.")
-
-
-def _save_half(module: nn.Module, output: Path) -> None:
-    """Write the weights of a module as float16."""
-    weights = {name: tensor.half().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    with atomic_path(output) as temporary:
-        save_file(weights, temporary)
 
 
 def _labelled(images: Path, labels: Path, names: Sequence[str] | None) -> list[Case]:

@@ -19,7 +19,8 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from ofl_sam2.atomic import atomic_path
-from ofl_sam2.evaluation import METRICS, Report
+from ofl_sam2.evaluation import Report
+from ofl_sam2.metrics import METRICS
 from ofl_sam2.volume import SliceStack, Volume
 
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")

@@ -6,133 +6,28 @@ replaced last, so a crash leaves the old or the new model. One process at a time
 """
 
 import hashlib
-import json
 import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors.torch import save
 
-from ofl_sam2 import __version__
 from ofl_sam2.atomic import atomic_path, atomic_write_text
 from ofl_sam2.backbone.frozen import ImageFeatures, SAM2Backbone
 from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.backbone.weights import read_state, sha256_of
-from ofl_sam2.dataset import MAX_VALUE
 from ofl_sam2.errors import InputError, ModelError
 from ofl_sam2.learner.load import learner_bytes, read_learner, read_unet, unet_bytes
 from ofl_sam2.looks import Viewpoint
 from ofl_sam2.memory.cache import FeatureCache
 from ofl_sam2.memory.pool import PooledCase, SupportPool, View
+from ofl_sam2.model_index import ADVICE, INDEX, STORED, ModelIndex, StoredCase, StoredFile, read_index
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.settings import Settings
 
-FORMAT = 3
-INDEX = "model.json"
-_FILE = re.compile(r"(learner|unet|pool)-[0-9a-f]{16}\.safetensors")
-_OWN = re.compile(rf"(\.[0-9a-f]+\.partial\.)?{_FILE.pattern}")
-_FORMER_SETTINGS = ("refinement", "unet")
-_ADVICE = "Restore the folder from a copy, or learn again with --fresh."
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """A file of a model folder: its name there and its sha256 (hex)."""
-
-    file: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class StoredCase(StoredFile):
-    """A labelled case in a pool: its name, which slices of which view are labelled, what a close-up is made for."""
-
-    case: str
-    slices: tuple[int, ...]
-    axis: int | None
-    focus: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ModelIndex:
-    """What `model.json` says.
-
-    Attributes:
-        backbone, backbone_hash, image_size: the frozen SAM2 and the side of its input in pixels.
-        axis, through_plane: slicing, as in `VolumeSegmenter`.
-        structures: label value -> name.
-        settings: the switches of the method.
-        learner: learner and fusion.
-        unet: the U-Net, if one was trained.
-        pool: the labelled cases, an entry for each view of them.
-        notes: free entries, such as how long was trained.
-    """
-
-    backbone: str
-    backbone_hash: str
-    image_size: int
-    axis: int
-    through_plane: bool
-    structures: dict[int, str]
-    settings: Settings
-    learner: StoredFile
-    unet: StoredFile | None
-    pool: tuple[StoredCase, ...]
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """The content of `model.json`."""
-        content = {
-            "format": FORMAT,
-            "version": __version__,
-            "backbone": {"name": self.backbone, "hash": self.backbone_hash, "image_size": self.image_size},
-            "slicing": {"axis": self.axis, "through_plane": self.through_plane},
-            "structures": self.structures,
-            "settings": self.settings.to_dict(),
-            "learner": vars(self.learner),
-            "unet": self.unet and vars(self.unet),
-            "pool": [vars(case) for case in self.pool],
-            "notes": self.notes,
-        }
-        return json.dumps(content, indent=1)
-
-    @classmethod
-    def from_content(cls, content: dict[str, Any]) -> "ModelIndex":
-        """Inverse of `to_json`, after JSON was read.
-
-        Raises:
-            KeyError, TypeError, ValueError: an entry is missing, of another type, or out of range.
-        """
-        index = cls(
-            backbone=_typed(content["backbone"]["name"], str),
-            backbone_hash=_typed(content["backbone"]["hash"], str),
-            image_size=_typed(content["backbone"]["image_size"], int),
-            axis=_typed(content["slicing"]["axis"], int),
-            through_plane=_typed(content["slicing"]["through_plane"], bool),
-            structures={int(value): _typed(name, str) for value, name in content["structures"].items()},
-            settings=Settings.from_dict({k: v for k, v in content["settings"].items() if k not in _FORMER_SETTINGS}),
-            learner=_stored_file(content["learner"]),
-            unet=_stored_file(entry) if (entry := content.get("unet")) is not None else None,
-            pool=tuple(_stored_case(entry) for entry in _typed(content["pool"], list)),
-            notes=_typed(content["notes"], dict),
-        )
-        if index.axis not in (0, 1, 2):
-            raise ValueError(f"axis {index.axis}")
-        if not all(case.slices for case in index.pool) or not index.pool:
-            raise ValueError("no labelled slices")
-        if not all(0 < value <= MAX_VALUE for value in index.structures) or not index.structures:
-            raise ValueError(f"structures {index.structures}")
-        return index
-
-
-def is_model(folder: Path) -> bool:
-    """Whether the folder holds a saved model."""
-    return (folder / INDEX).is_file()
+_OWN = re.compile(rf"(\.[0-9a-f]+\.partial\.)?{STORED.pattern}")
 
 
 def save_model(
@@ -202,10 +97,10 @@ def load_model(
         if backbone is None or (backbone.config.name, backbone.image_size) != (index.backbone, index.image_size):
             backbone = load_backbone(index.backbone, index.image_size, device)
     except InputError as error:
-        raise ModelError(f"{folder / INDEX} is damaged: {error} {_ADVICE}") from error
+        raise ModelError(f"{folder / INDEX} is damaged: {error} {ADVICE}") from error
     learner = read_learner(_checked(folder, index.learner)).to(device)
     if learner.channels != backbone.width:
-        raise ModelError(f"{folder / index.learner.file} is no learner for {index.backbone}. {_ADVICE}")
+        raise ModelError(f"{folder / index.learner.file} is no learner for {index.backbone}. {ADVICE}")
     segmenter = VolumeSegmenter(backbone, learner, settings, cache)
     if index.unet:
         segmenter.unet = read_unet(_checked(folder, index.unet)).to(device)
@@ -224,61 +119,18 @@ def load_model(
     segmenter.structures = dict(sorted(index.structures.items()))
     absent = sorted(set(index.structures) - set(segmenter.pool.values()))
     if absent:
-        raise ModelError(f"{folder / INDEX} is damaged: no stored label holds {absent}. {_ADVICE}")
+        raise ModelError(f"{folder / INDEX} is damaged: no stored label holds {absent}. {ADVICE}")
     segmenter.solve()
     return segmenter
-
-
-def read_index(folder: Path) -> ModelIndex:
-    """Read `model.json` and check that this version understands it.
-
-    Raises:
-        ModelError: no model there, damaged, or of a newer version.
-    """
-    path = folder / INDEX
-    if not path.is_file():
-        raise ModelError(f"{folder} holds no model: {INDEX} is missing. Run 'ofl-sam2 learn --model {folder}' first.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if _typed(content["format"], int) > FORMAT:
-            raise ModelError(
-                f"{folder} was written by version {content.get('version')}, which is newer than this one "
-                f"({__version__}). Upgrade ofl-sam2."
-            )
-        return ModelIndex.from_content(content)
-    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ModelError(f"{path} is damaged ({type(error).__name__}: {error}). {_ADVICE}") from error
-
-
-def _typed(value: Any, kind: type[T]) -> T:
-    if type(value) is not kind:
-        raise TypeError(f"{value!r} is not of type {kind.__name__}")
-    return value
-
-
-def _stored_file(entry: dict[str, Any]) -> StoredFile:
-    """File and sha256 of an entry; the file lies in the model folder itself, whatever the entry says."""
-    name, sha256 = _typed(entry["file"], str), _typed(entry["sha256"], str)
-    if not _FILE.fullmatch(name):
-        raise ValueError(f"'{name}' is no name of a file in a model folder")
-    return StoredFile(name, sha256)
-
-
-def _stored_case(entry: dict[str, Any]) -> StoredCase:
-    slices, focus = (tuple(_typed(n, int) for n in _typed(entry[name], list)) for name in ("slices", "focus"))
-    if entry["axis"] not in (None, 0, 1, 2):
-        raise ValueError(f"axis {entry['axis']}")
-    stored = vars(_stored_file(entry))
-    return StoredCase(**stored, case=_typed(entry["case"], str), slices=slices, axis=entry["axis"], focus=focus)
 
 
 def _checked(folder: Path, stored: StoredFile) -> Path:
     """The path of a stored file that is there and has the content it had when it was saved."""
     path = folder / stored.file
     if not path.is_file():
-        raise ModelError(f"{folder} is not complete: {stored.file} is missing. {_ADVICE}")
+        raise ModelError(f"{folder} is not complete: {stored.file} is missing. {ADVICE}")
     if sha256_of(path) != stored.sha256:
-        raise ModelError(f"{path} is damaged: its content is not what was saved. {_ADVICE}")
+        raise ModelError(f"{path} is damaged: its content is not what was saved. {ADVICE}")
     return path
 
 
@@ -334,7 +186,7 @@ def _read_case(folder: Path, stored: StoredCase, backbone: SAM2Backbone) -> Pool
         "labels": (count, size, size),
     }
     if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
-        raise ModelError(f"{path} does not hold {count} labelled slices of {size} x {size} pixels. {_ADVICE}")
+        raise ModelError(f"{path} does not hold {count} labelled slices of {size} x {size} pixels. {ADVICE}")
     labels = state.pop("labels")
     view = View(stored.axis, close=bool(stored.focus))
     case = PooledCase(stored.case, stored.slices, ImageFeatures(**state), labels, view, stored.focus)

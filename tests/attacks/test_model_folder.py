@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save, save_file
 
 from ofl_sam2.backbone import load
 from ofl_sam2.errors import ModelError, OFLError, WeightsError
-from ofl_sam2.store import INDEX, load_model, save_model
+from ofl_sam2.model_index import INDEX
+from ofl_sam2.store import load_model, save_model
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ import pytest
 import requests
 
 from ofl_sam2.files import read_volume
-from ofl_sam2.store import load_model, read_index
+from ofl_sam2.model_index import read_index
+from ofl_sam2.store import load_model
 
 # MONAI Label imports torchvision, whose build for CUDA expects these operators of a torch without CUDA.
 TORCHVISION_OPERATORS = """

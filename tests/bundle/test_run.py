@@ -17,7 +17,8 @@ from ofl_sam2.dataset import find_cases, load_case
 from ofl_sam2.evaluation import evaluate_folders
 from ofl_sam2.files import read_volume, write_labels
 from ofl_sam2.jobs import CHECKPOINT, open_segmenter
-from ofl_sam2.store import load_model, read_index
+from ofl_sam2.model_index import read_index
+from ofl_sam2.store import load_model
 
 RUN = ("-m", "monai.bundle", "run", "--config_file")
 

@@ -15,12 +15,13 @@ from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.errors import InputError
 from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import VoxelUNet
+from ofl_sam2.model_index import INDEX
 from ofl_sam2.service import learning as module
 from ofl_sam2.service.learning import LearningService
 from ofl_sam2.service.serving import Serving
 from ofl_sam2.service.snapshots import SnapshotStore
 from ofl_sam2.service.structures import StructureRegistry
-from ofl_sam2.store import INDEX, load_model
+from ofl_sam2.store import load_model
 from ofl_sam2.volume import Volume
 
 SECONDS = 120

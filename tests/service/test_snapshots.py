@@ -14,8 +14,9 @@ from ofl_sam2.errors import InputError, ModelError, OFLError
 from ofl_sam2.learner.load import read_learner, read_unet
 from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import VoxelUNet
+from ofl_sam2.model_index import INDEX, read_index
 from ofl_sam2.service.snapshots import SnapshotStore
-from ofl_sam2.store import INDEX, load_model, read_index
+from ofl_sam2.store import load_model
 
 
 def names(store: SnapshotStore) -> set[str]:

@@ -9,7 +9,8 @@ from monai.data import MetaTensor
 
 from ofl_sam2.errors import InputError
 from ofl_sam2.evaluation import CaseScore as Scored
-from ofl_sam2.evaluation import Report, score
+from ofl_sam2.evaluation import Report
+from ofl_sam2.metrics import score
 from ofl_sam2.workflow.metrics import CaseScore
 from ofl_sam2.workflow.network import FewShotNetwork
 

@@ -12,9 +12,10 @@ from monai.handlers import CheckpointLoader, EarlyStopHandler
 
 from ofl_sam2.errors import InputError, ModelError
 from ofl_sam2.jobs import CHECKPOINT, learn_cases, open_segmenter, train_cases
+from ofl_sam2.model_index import read_index
 from ofl_sam2.progress import CancelToken
-from ofl_sam2.store import load_model, read_index
-from ofl_sam2.training.settings import TrainingSettings
+from ofl_sam2.store import load_model
+from ofl_sam2.training.settings import TrainingResult, TrainingSettings
 from ofl_sam2.workflow.data import LoadCase, labelled_list
 from ofl_sam2.workflow.network import FewShotNetwork
 from ofl_sam2.workflow.trainer import EpisodicTrainer
@@ -66,6 +67,19 @@ def test_equals_the_command_line(build, study, tmp_path):
     train_cases(segmenter, *folders, ["a", "b"], TrainingSettings(epochs=1, **QUICK), False, CancelToken())
     assert learner_file(tmp_path / "model") == learner_file(tmp_path / "cli")
     assert read_index(tmp_path / "model").pool == read_index(tmp_path / "cli").pool
+
+
+def test_a_second_training_knows_which_cases_the_first_one_was_fitted_to(build, monkeypatch):
+    told = []
+
+    def trained(*_, fitted, **options):
+        told.append(list(fitted))
+        return TrainingResult([], None, None, False)
+
+    monkeypatch.setattr("ofl_sam2.workflow.trainer.train", trained)
+    for _ in range(2):
+        build().run()
+    assert told == [[], ["a", "b"]]
 
 
 @pytest.mark.parametrize("validated", [["b"], "b,c"])

@@ -14,12 +14,12 @@ from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.errors import ModelError, OFLError
 from ofl_sam2.learner.load import shipped_learner
 from ofl_sam2.memory.cache import FeatureCache
+from ofl_sam2.model_index import read_index
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.service.serving import Serving
 from ofl_sam2.service.snapshots import SnapshotStore
 from ofl_sam2.service.structures import StructureRegistry
 from ofl_sam2.settings import Settings
-from ofl_sam2.store import read_index
 
 logger = logging.getLogger(__name__)
 

@@ -27,8 +27,9 @@ from filelock import FileLock
 
 from ofl_sam2.atomic import atomic_path, atomic_write_text, fsync_folder
 from ofl_sam2.errors import InputError, ModelError, OFLError
+from ofl_sam2.model_index import INDEX, is_model, read_index
 from ofl_sam2.segmenter import VolumeSegmenter
-from ofl_sam2.store import INDEX, is_model, read_index, save_model
+from ofl_sam2.store import save_model
 
 _log = logging.getLogger(__name__)
 

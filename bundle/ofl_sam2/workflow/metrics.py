@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ofl_sam2.dataset import same_place
 from ofl_sam2.errors import InputError
-from ofl_sam2.evaluation import score
+from ofl_sam2.metrics import score
 from ofl_sam2.workflow.network import FewShotNetwork
 
 

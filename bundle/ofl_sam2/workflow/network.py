@@ -18,8 +18,8 @@ from ofl_sam2.errors import InputError
 from ofl_sam2.files import case_name
 from ofl_sam2.jobs import check_device, open_segmenter
 from ofl_sam2.learner.few_shot import FewShotLearner
+from ofl_sam2.model_index import is_model, read_index
 from ofl_sam2.segmenter import VolumeSegmenter, with_settings
-from ofl_sam2.store import is_model, read_index
 from ofl_sam2.volume import Volume
 from ofl_sam2.workflow.data import labelled_cases
 from ofl_sam2.workflow.run import config_key

@@ -15,7 +15,8 @@ from ofl_sam2.atomic import atomic_path
 from ofl_sam2.dataset import LabelledCase, LazyCases, parse_structures
 from ofl_sam2.errors import InputError
 from ofl_sam2.jobs import CHECKPOINT
-from ofl_sam2.store import is_model, read_index, save_model
+from ofl_sam2.model_index import is_model, read_index
+from ofl_sam2.store import save_model
 from ofl_sam2.training.processes import rank, wait, world_size
 from ofl_sam2.training.settings import TrainingSettings
 from ofl_sam2.training.trainer import train
