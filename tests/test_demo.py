@@ -115,7 +115,7 @@ def test_a_run_that_was_stopped_before_its_report_is_completed(output, capsys):
 
 
 def test_after_training_every_case_is_segmented_again(output, segmented, monkeypatch):
-    monkeypatch.setattr(jobs, "train", lambda *_: TrainingResult([EpochReport(1, 0.5, 1.0, 60.0)], 0.5, 0.6, True))
+    monkeypatch.setattr(jobs, "train", lambda *_, **__: TrainingResult([EpochReport(1, 0.5, 1.0, 60.0)], 0.5, 0.6, True))
     run_demo(output, 1, False, CancelToken())
     assert segmented == ["synthetic_002", "synthetic_003"]
     assert json.loads((output / "report.json").read_text())["training_minutes"] == 1
@@ -126,7 +126,7 @@ def test_after_training_every_case_is_segmented_again(output, segmented, monkeyp
 def test_another_training_time_trains_again(output, monkeypatch):
     trained = []
     result = TrainingResult([EpochReport(1, 0.5, 1.0, 60.0)], 0.5, 0.6, True)
-    monkeypatch.setattr(jobs, "train", lambda *arguments: (trained.append(arguments[2].minutes), result)[1])
+    monkeypatch.setattr(jobs, "train", lambda *arguments, **_: (trained.append(arguments[2].minutes), result)[1])
     for minutes in (1, 1, 2, 0):
         run_demo(output, minutes, False, CancelToken())
         assert json.loads((output / "report.json").read_text())["training_minutes"] == minutes
@@ -136,7 +136,7 @@ def test_another_training_time_trains_again(output, monkeypatch):
 def test_an_interrupted_training_is_taken_up_again(output, monkeypatch):
     trained = []
 
-    def interrupted(segmenter, cases, settings, checkpoint, report, encoded, cancel):
+    def interrupted(segmenter, cases, settings, checkpoint, report, encoded, cancel, **options):
         trained.append(len(cases))
         cancel.cancel()
         return TrainingResult([], None, None, True)

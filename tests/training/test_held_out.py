@@ -1,12 +1,17 @@
 """Slices that training does not see."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
 from ofl_sam2.backbone.frozen import ImageFeatures
+from ofl_sam2.errors import Cancelled
 from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.memory.pool import MAIN, PooledCase, View
+from ofl_sam2.progress import CancelToken
 from ofl_sam2.training.held_out import MOST_SCORED, HeldOut, _middle, part
 
 
@@ -81,7 +86,7 @@ def test_a_case_is_scored_from_the_other_cases_and_a_lone_one_from_its_other_sli
 ):
     pools = []
 
-    def perfect(segmenter, case, pool, values, second):
+    def perfect(segmenter, case, pool, values, *_):
         pools.append({key: other.slices for key, other in pool.cases.items()})
         return [1.0] * len(values)
 
@@ -98,6 +103,28 @@ def test_the_score_is_the_dice_of_what_the_segmenter_draws(make_segmenter, make_
     score = held_out.dice(segmenter)
     assert 0 <= score <= 1
     assert score == held_out.dice(segmenter)
+
+
+def test_no_more_is_scored_than_there_is_time_for_and_main_views_come_first(make_segmenter, make_case, monkeypatch):
+    cases = [make_case(name, seed=seed, affine=np.eye(4), grid=(24, 24, 24)) for seed, name in enumerate("ab")]
+    segmenter = make_segmenter(tuple(cases))
+    held_out = HeldOut.choose([case for pool in segmenter.pools.values() for case in pool.cases.values()])
+    everything, dice = held_out.affordable(segmenter, 600)
+    assert everything.rows == held_out.rows and dice == pytest.approx(held_out.dice(segmenter))
+    ticks = itertools.count()
+    monkeypatch.setattr("ofl_sam2.training.held_out.perf_counter", lambda: next(ticks))
+    for limit, count in ((-1, 1), (2, 2), (3, 3)):
+        some, dice = held_out.affordable(segmenter, limit)
+        assert len(some.rows) == count and dice == some.dice(segmenter)
+        assert {view for view, _ in list(some.rows)[:2]} == {MAIN}
+        assert some.rows.items() <= held_out.rows.items()
+
+
+def test_scoring_can_be_cancelled(make_segmenter, make_case):
+    segmenter, cancel = make_segmenter((make_case("a"), make_case("b", seed=1))), CancelToken()
+    cancel.cancel()
+    with pytest.raises(Cancelled):
+        HeldOut.choose(list(segmenter.pool.cases.values())).affordable(segmenter, 600, cancel)
 
 
 def test_a_unet_is_not_asked_about_a_case_that_is_too_large_on_its_grid(make_segmenter, make_case):

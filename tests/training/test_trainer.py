@@ -45,6 +45,7 @@ def better_every_time(monkeypatch):
     """Let held-out slices always speak for the new parameters."""
     scores = itertools.count()
     monkeypatch.setattr(HeldOut, "dice", lambda *_: next(scores) / 100)
+    monkeypatch.setattr(HeldOut, "affordable", lambda held_out, of, *_: (held_out, held_out.dice(of)))
 
 
 @pytest.fixture(autouse=True)

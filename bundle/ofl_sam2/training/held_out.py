@@ -3,6 +3,9 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from random import Random
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -12,6 +15,7 @@ from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.drawing import is_averaged, scored
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.memory.pool import MAIN, PooledCase, SupportPool, View
+from ofl_sam2.progress import CancelToken
 from ofl_sam2.propagation import LearnedView, Propagation
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.training.losses import shrink_masks
@@ -81,18 +85,46 @@ class HeldOut:
         Returns:
             In [0, 1], at logit size; None where nothing could be scored.
         """
-        scores: list[float] = []
-        for (view, key), rows in self.rows.items():
-            pool = segmenter.pools[view]
-            case = pool.cases[key]
-            others = pool.without({case.name})
-            if not others.cases and (rest := self.without(case)):
-                others.add(rest)
-            values = tuple(v for v in segmenter.structures if v in case.known & _taught(others.cases.values()))
-            if values:
-                shown, second = part(case, _middle(case, rows)), seconds[key] if seconds else None
-                scores += _dice(segmenter, shown, others, values, second)
-        return sum(scores) / len(scores) if scores else None
+        return _mean(self._scores(segmenter, entry, seconds) for entry in self.rows)
+
+    @torch.no_grad()
+    def affordable(
+        self, segmenter: VolumeSegmenter, limit: float, cancel: CancelToken | None = None
+    ) -> tuple["HeldOut", float | None]:
+        """What can be scored in about so many seconds, and its `dice`.
+
+        That is one view of a case at least. Main views come first, the others in random order.
+
+        Raises:
+            Cancelled: stopped by `cancel`.
+        """
+        started, scores = perf_counter(), dict[tuple[View, str], list[float]]()
+        shuffled = Random(0).sample(list(self.rows), len(self.rows))
+        for entry in sorted(shuffled, key=lambda entry: entry[0] != MAIN):
+            if scores and perf_counter() - started >= limit:
+                break
+            scores[entry] = self._scores(segmenter, entry, None, cancel)
+        return HeldOut({entry: self.rows[entry] for entry in scores}), _mean(scores.values())
+
+    def _scores(
+        self,
+        segmenter: VolumeSegmenter,
+        entry: tuple[View, str],
+        seconds: Mapping[str, Tensor] | None,
+        cancel: CancelToken | None = None,
+    ) -> list[float]:
+        """Dice of each structure of a view of a case, see `dice`."""
+        view, key = entry
+        pool = segmenter.pools[view]
+        case = pool.cases[key]
+        others = pool.without({case.name})
+        if not others.cases and (rest := self.without(case)):
+            others.add(rest)
+        values = tuple(v for v in segmenter.structures if v in case.known & _taught(others.cases.values()))
+        if not values:
+            return []
+        shown, second = part(case, _middle(case, self.rows[entry])), seconds[key] if seconds else None
+        return _dice(segmenter, shown, others, values, second, cancel)
 
     def drawn_by(self, unet: VoxelUNet, segmenter: VolumeSegmenter, cases: Iterable[LabelledCase]) -> dict[str, Tensor]:
         """What a U-Net makes of the slices of the main view that are scored.
@@ -130,6 +162,11 @@ def part(case: PooledCase, rows: Sequence[int]) -> PooledCase:
     return replace(case, slices=slices, features=case.features[chosen], labels=case.labels[chosen])
 
 
+def _mean(scores: Iterable[Sequence[float]]) -> float | None:
+    values = [*chain.from_iterable(scores)]
+    return sum(values) / len(values) if values else None
+
+
 def _taught(cases: Iterable[PooledCase]) -> frozenset[int]:
     return frozenset().union(*(case.known for case in cases))
 
@@ -156,6 +193,7 @@ def _dice(
     pool: SupportPool,
     values: tuple[int, ...],
     second: Tensor | None,
+    cancel: CancelToken | None,
 ) -> list[float]:
     settings = segmenter.settings
     weight = settings.unet_weight(sum(not view.close for view in segmenter.pools))
@@ -164,6 +202,8 @@ def _dice(
     columns = [list(segmenter.structures).index(value) for value in values]
     overlap, total = torch.zeros(len(values)), torch.zeros(len(values))
     for result in run.run(lambda row: case.slice(row).to(segmenter.device), pool.similarity(case.descriptors)):
+        if cancel:
+            cancel.check()
         by_unet = None if second is None else second[result.index, columns]
         found = scored(result.logits.sigmoid().cpu(), settings.threshold, by_unet, weight)
         predicted = (found > 0).flatten(1)

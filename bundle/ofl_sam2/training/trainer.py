@@ -1,6 +1,7 @@
 """Fit learner and fusion to labelled volumes, then a 3D U-Net, each for its share of the time."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -125,7 +126,8 @@ def _fit_learner(
         run.resume(checkpoint)
     copies.start(run.steps, Watch(encoded, cancel))
     encoding, started = time.perf_counter() - started, time.perf_counter()
-    before = held_out.dice(segmenter)
+    affordable = (_MOST_ASIDE * run.budget - encoding) / 2 if world_size() == 1 else math.inf  # all decide alike
+    held_out, before = held_out.affordable(segmenter, affordable, cancel)
     scoring = 2 * (time.perf_counter() - started)
     run.set_aside(min(encoding + scoring, _MOST_ASIDE * run.budget))
     old = copy.deepcopy(segmenter.learner.state_dict())
