@@ -115,7 +115,9 @@ def test_a_run_that_was_stopped_before_its_report_is_completed(output, capsys):
 
 
 def test_after_training_every_case_is_segmented_again(output, segmented, monkeypatch):
-    monkeypatch.setattr(jobs, "train", lambda *_, **__: TrainingResult([EpochReport(1, 0.5, 1.0, 60.0)], 0.5, 0.6, True))
+    monkeypatch.setattr(
+        jobs, "train", lambda *_, **__: TrainingResult([EpochReport(1, 0.5, 1.0, 60.0)], 0.5, 0.6, True)
+    )
     run_demo(output, 1, False, CancelToken())
     assert segmented == ["synthetic_002", "synthetic_003"]
     assert json.loads((output / "report.json").read_text())["training_minutes"] == 1

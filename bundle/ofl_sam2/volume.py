@@ -243,7 +243,11 @@ class SliceStack:
         """
         plane = self.slice_of(labels, index)
         indicators = torch.from_numpy(np.stack([plane == value for value in values]))
-        return self.geometry.to_input(indicators)[:, 0].clamp_(0, 1)
+        drawn = indicators.flatten(1).any(1)
+        masks = torch.zeros(len(values), self.geometry.size, self.geometry.size)
+        if drawn.any():
+            masks[drawn] = self.geometry.to_input(indicators[drawn])[:, 0].clamp_(0, 1)
+        return masks
 
     def restore(self, maps: Tensor) -> Tensor:
         """Resample maps `(K, h, w)` that cover the input to the slice grid `(K, H, W)`; see `PlaneGeometry`."""

@@ -185,14 +185,14 @@ def label_map(masks: Tensor, values: Sequence[int]) -> Tensor:
 
     A structure thinner than a pixel, which loses to the background everywhere, keeps the pixel it fills most of.
     """
-    background = 1 - masks.sum(0, keepdim=True)
-    winner = torch.cat([background, masks]).argmax(0)
-    for number, mask in enumerate(masks, start=1):
-        most = mask.argmax()
-        if mask.max() > 0 and winner.view(-1)[most] == 0 and not (winner == number).any():
-            winner.view(-1)[most] = number
-    lookup = torch.tensor([0, *values], dtype=torch.uint8 if max(values) < 256 else torch.int32)
-    return lookup[winner]
+    tops, places = masks.flatten(1).max(1)
+    drawn = [row for row, top in enumerate(tops.tolist()) if top > 0]
+    winner = torch.cat([1 - masks[drawn].sum(0, keepdim=True), masks[drawn]]).argmax(0)
+    for number, place in enumerate(places[drawn].tolist(), start=1):
+        if winner.view(-1)[place] == 0 and not (winner == number).any():
+            winner.view(-1)[place] = number
+    dtype = torch.uint8 if max(values) < 256 else torch.int32
+    return torch.tensor([0, *(values[row] for row in drawn)], dtype=dtype)[winner]
 
 
 def _spread(cases: Sequence[list[SupportKey]], count: int) -> list[SupportKey]:
