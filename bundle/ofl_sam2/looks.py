@@ -28,6 +28,7 @@ class Look:
         stack: the slices.
         labels: label values in the grid of `stack`.
         slices: which slices of the stack are labelled.
+        window: what of the volume a close-up shows.
     """
 
     view: View
@@ -35,6 +36,7 @@ class Look:
     stack: SliceStack
     labels: NDArray[Any] = field(repr=False)
     slices: tuple[int, ...]
+    window: Window | None
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,10 @@ class Viewpoint:
         for view, stack in self.stacks(case.volume, grey, window).items():
             if view.axis is None:
                 every = tuple(range(len(stack)))
-                yield Look(view, focus, stack, labels, every if case.labelled_slices is None else case.labelled_slices)
+                labelled = every if case.labelled_slices is None else case.labelled_slices
+                yield Look(view, focus, stack, labels, labelled, window)
             elif case.labelled_slices is None:
-                yield Look(view, focus, stack, labels, _telling(stack, labels))
+                yield Look(view, focus, stack, labels, _telling(stack, labels), window)
 
 
 def _is_worth_it(side: SliceStack) -> bool:

@@ -30,7 +30,12 @@ class View:
     close: bool = False
 
 
-MAIN = View()
+MAIN, CLOSE = View(), View(close=True)
+
+
+def pool_key(name: str, focus: tuple[int, ...]) -> str:
+    """Identifies a case, or a close-up of it, in the pool of a view."""
+    return f"{name} {focus}" if focus else name
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class PooledCase:
     @property
     def key(self) -> str:
         """Identifies it in the pool of its view, where a case may have several close-ups."""
-        return f"{self.name} {self.focus}" if self.focus else self.name
+        return pool_key(self.name, self.focus)
 
     @cached_property
     def known(self) -> frozenset[int]:

@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from random import Random
 from time import perf_counter
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.drawing import is_averaged, scored
 from ofl_sam2.learner.unet import VoxelUNet
-from ofl_sam2.memory.pool import MAIN, PooledCase, SupportPool, View
+from ofl_sam2.looks import Viewpoint
+from ofl_sam2.memory.pool import MAIN, PooledCase, SupportPool, View, pool_key
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.propagation import LearnedView, Propagation
 from ofl_sam2.segmenter import VolumeSegmenter
@@ -25,6 +27,8 @@ MOST_SCORED = 16
 _CASES_PER_HELD_OUT, _MOST_CASES = 8, 4
 _EVERY = 5
 
+Entry = tuple[View, str]
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -32,9 +36,11 @@ class HeldOut:
 
     Attributes:
         rows: view and key of a pooled case -> rows.
+        magnified: case -> structures that are scored in its close-ups alone, as they are drawn.
     """
 
-    rows: Mapping[tuple[View, str], tuple[int, ...]]
+    rows: Mapping[Entry, tuple[int, ...]]
+    magnified: Mapping[str, Collection[int]] = field(default_factory=dict)
 
     @classmethod
     def choose(
@@ -75,12 +81,12 @@ class HeldOut:
         return replace(case, labelled_slices=left.slices) if left else None
 
     @torch.no_grad()
-    def dice(self, segmenter: VolumeSegmenter, seconds: Mapping[str, Tensor] | None = None) -> float | None:
+    def dice(self, segmenter: VolumeSegmenter, seconds: Mapping[Entry, Tensor] | None = None) -> float | None:
         """Mean Dice of held-out slices, each case segmented from the other cases, a lone one from its other slices.
 
         Args:
             segmenter: what to score; its own U-Net is not asked.
-            seconds: what a U-Net says of each case, see `drawn_by`; only where rows are of the main view alone.
+            seconds: what a U-Net says, see `drawn_by`; only where no rows are of side views.
 
         Returns:
             In [0, 1], at logit size; None where nothing could be scored.
@@ -98,19 +104,19 @@ class HeldOut:
         Raises:
             Cancelled: stopped by `cancel`.
         """
-        started, scores = perf_counter(), dict[tuple[View, str], list[float]]()
+        started, scores = perf_counter(), dict[Entry, list[float]]()
         shuffled = Random(0).sample(list(self.rows), len(self.rows))
         for entry in sorted(shuffled, key=lambda entry: entry[0] != MAIN):
             if scores and perf_counter() - started >= limit:
                 break
             scores[entry] = self._scores(segmenter, entry, None, cancel)
-        return HeldOut({entry: self.rows[entry] for entry in scores}), _mean(scores.values())
+        return replace(self, rows={entry: self.rows[entry] for entry in scores}), _mean(scores.values())
 
     def _scores(
         self,
         segmenter: VolumeSegmenter,
-        entry: tuple[View, str],
-        seconds: Mapping[str, Tensor] | None,
+        entry: Entry,
+        seconds: Mapping[Entry, Tensor] | None,
         cancel: CancelToken | None = None,
     ) -> list[float]:
         """Dice of each structure of a view of a case, see `dice`."""
@@ -120,14 +126,17 @@ class HeldOut:
         others = pool.without({case.name})
         if not others.cases and (rest := self.without(case)):
             others.add(rest)
-        values = tuple(v for v in segmenter.structures if v in case.known & _taught(others.cases.values()))
+        known = case.known - set(() if view.close else self.magnified.get(case.name, ()))
+        values = tuple(v for v in segmenter.structures if v in known & _taught(others.cases.values()))
         if not values:
             return []
-        shown, second = part(case, _middle(case, self.rows[entry])), seconds[key] if seconds else None
+        shown, second = part(case, _middle(case, self.rows[entry])), seconds[entry] if seconds else None
         return _dice(segmenter, shown, others, values, second, cancel)
 
-    def drawn_by(self, unet: VoxelUNet, segmenter: VolumeSegmenter, cases: Iterable[LabelledCase]) -> dict[str, Tensor]:
-        """What a U-Net makes of the slices of the main view that are scored.
+    def drawn_by(
+        self, unet: VoxelUNet, segmenter: VolumeSegmenter, cases: Iterable[LabelledCase]
+    ) -> dict[Entry, Tensor]:
+        """What a U-Net makes of the slices that are scored.
 
         Args:
             unet: to ask.
@@ -135,23 +144,27 @@ class HeldOut:
             cases: those with held-out slices.
 
         Returns:
-            For each case `(S, K, h, w)` at logit size; K are all structures of the segmenter. NaN of a case that is too
-            large on its grid.
+            For each of the rows' views and keys `(S, K, h, w)` at logit size; K are all structures of the segmenter.
+            NaN of a case that is too large on its grid.
         """
-        seconds: dict[str, Tensor] = {}
+        seconds: dict[Entry, Tensor] = {}
+        values, viewpoint = tuple(segmenter.structures), cast(Viewpoint, segmenter.viewpoint)
         for case in cases:
-            pooled = segmenter.pool.cases[case.volume.name]
-            values, side = tuple(segmenter.structures), pooled.labels.shape[-1] // 4
-            rows = _middle(pooled, self.rows[MAIN, pooled.key])
-            if not is_averaged(unet.shape_of(case.volume), len(values)):
-                seconds[pooled.key] = torch.full((len(rows), len(values), side, side), torch.nan)
-                continue
-            found = unet.probabilities(case.volume, values, lambda: None).numpy()
-            stack, planes = segmenter.stack(case.volume), []
-            for row in rows:
-                plane = np.stack([stack.slice_of(maps, pooled.slices[row]) for maps in found]).astype(np.float32)
-                planes.append(shrink_masks(stack.geometry.to_input(torch.from_numpy(plane))[:, 0], side))
-            seconds[pooled.key] = torch.stack(planes)
+            known = is_averaged(unet.shape_of(case.volume), len(values))
+            found = unet.probabilities(case.volume, values, lambda: None).numpy() if known else None
+            for look in viewpoint.looks(case):
+                entry = look.view, pool_key(case.volume.name, look.focus)
+                if entry not in self.rows:
+                    continue
+                pooled = segmenter.pools[look.view].cases[entry[1]]
+                rows, side = _middle(pooled, self.rows[entry]), pooled.labels.shape[-1] // 4
+                seconds[entry] = torch.full((len(rows), len(values), side, side), torch.nan)
+                if found is not None:
+                    maps = found[(slice(None), *(look.window.slices if look.window else ()))]
+                    for plane, row in zip(seconds[entry], rows, strict=True):
+                        drawn = np.stack([look.stack.slice_of(part, pooled.slices[row]) for part in maps])
+                        resized = look.stack.geometry.to_input(torch.from_numpy(drawn.astype(np.float32)))
+                        plane[...] = shrink_masks(resized[:, 0], side)
         return seconds
 
 
