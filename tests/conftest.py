@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,20 @@ def make_case() -> Callable[..., LabelledCase]:
         affine = np.diag([1.0, 1.0, 4.0, 1.0]) if affine is None else affine
         found = tuple(int(value) for value in np.unique(labels) if value)
         return LabelledCase(Volume(voxels, affine, name, frames=frames), labels, found, labelled_slices)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_small_case(make_case: Callable[..., LabelledCase]) -> Callable[..., LabelledCase]:
+    """Build a case of voxels of equal sides with a structure that is drawn in a close-up."""
+
+    def build(name: str, seed: int = 0) -> LabelledCase:
+        case = make_case(name, seed, grid=(64, 60, 62), affine=np.eye(4))
+        labels = np.zeros_like(case.labels)
+        labels[24:36, 26:38, 30:42] = 1
+        volume = replace(case.volume, voxels=case.volume.voxels + 200 * labels)
+        return replace(case, volume=volume, labels=labels, values=(1,))
 
     return build
 

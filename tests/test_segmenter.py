@@ -40,16 +40,9 @@ def query(make_case):
 
 
 @pytest.fixture(scope="module")
-def magnifying(make_segmenter, make_case):
+def magnifying(make_segmenter, make_small_case):
     """A segmenter that has learned a small structure in voxels of equal sides, and a volume to segment."""
-    cases = []
-    for seed in (0, 1):
-        case = make_case(f"small {seed}", seed, grid=(64, 60, 62), affine=np.eye(4))
-        labels = np.zeros_like(case.labels)
-        labels[24:36, 26:38, 30:42] = 1
-        voxels = case.volume.voxels + 200 * labels
-        cases.append(replace(case, volume=replace(case.volume, voxels=voxels), labels=labels, values=(1,)))
-    return make_segmenter((cases[0],)), cases[1].volume
+    return make_segmenter((make_small_case("a"),)), make_small_case("b", 1).volume
 
 
 @pytest.fixture

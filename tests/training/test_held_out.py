@@ -132,7 +132,7 @@ def test_a_unet_is_not_asked_about_a_case_that_is_too_large_on_its_grid(make_seg
     segmenter = make_segmenter((case, make_case("b", seed=1)))
     held_out = HeldOut.choose(list(segmenter.pool.cases.values()), enough=2)
     fine = VoxelUNet(Plan((0.01, 0.01, 0.04), (24, 20, 6)), (1, 2))
-    assert held_out.drawn_by(fine, segmenter, [case])["a"].isnan().all()
+    assert held_out.drawn_by(fine, segmenter, [case])[MAIN, "a"].isnan().all()
 
 
 def test_a_unet_counts_as_it_does_where_it_is_averaged(make_segmenter, make_case):
@@ -149,7 +149,9 @@ def test_a_unet_counts_as_it_does_where_it_is_averaged(make_segmenter, make_case
             return torch.stack([torch.from_numpy(labels == value).half() for value in values])
 
     seconds = held_out.drawn_by(Knowing(), segmenter, cases)
-    assert {name: maps.shape for name, maps in seconds.items()} == dict.fromkeys("ab", (1, 2, 16, 16))
+    assert {name: maps.shape for name, maps in seconds.items()} == dict.fromkeys(
+        ((MAIN, "a"), (MAIN, "b")), (1, 2, 16, 16)
+    )
     assert held_out.dice(segmenter, seconds) > 0.95 > held_out.dice(segmenter)
     unknown = {name: torch.full_like(maps, torch.nan) for name, maps in seconds.items()}
     assert held_out.dice(segmenter, unknown) == held_out.dice(segmenter)

@@ -281,7 +281,7 @@ def test_a_unet_is_fitted_afterwards_and_kept_if_it_helps_what_was_kept(build, c
     assert (result.dice_before, result.dice_after) == outcome
     assert (weights(segmenter) != before) == better
     assert asked[:-1] == [None] * 4
-    assert {name: maps.shape for name, maps in asked[-1].items()} == {"a": (1, 2, 16, 16)}
+    assert {name: maps.shape for name, maps in asked[-1].items()} == {(MAIN, "a"): (1, 2, 16, 16)}
     assert shares == sorted(shares)
     assert shares[SHORT.epochs - 1] == pytest.approx(0.6)
     assert shares[-1] == (1 if helps else pytest.approx(0.6 + 0.4 * 2 / 3))

@@ -162,7 +162,7 @@ class HeldOut:
                 if found is not None:
                     maps = found[(slice(None), *(look.window.slices if look.window else ()))]
                     for plane, row in zip(seconds[entry], rows, strict=True):
-                        drawn = np.stack([look.stack.slice_of(part, pooled.slices[row]) for part in maps])
+                        drawn = np.stack([look.stack.slice_of(one, pooled.slices[row]) for one in maps])
                         resized = look.stack.geometry.to_input(torch.from_numpy(drawn.astype(np.float32)))
                         plane[...] = shrink_masks(resized[:, 0], side)
         return seconds

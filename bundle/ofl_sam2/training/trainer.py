@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -16,12 +16,12 @@ from ofl_sam2.drawing import is_averaged
 from ofl_sam2.errors import InputError
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.looks import Viewpoint
-from ofl_sam2.memory.pool import CLOSE, MAIN, SupportPool, pool_key
 from ofl_sam2.progress import CancelToken, Progress, Watch
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.training.copies import FreshCopies
 from ofl_sam2.training.episode_training import EpisodeTraining
-from ofl_sam2.training.held_out import ENOUGH_CASES, Entry, HeldOut
+from ofl_sam2.training.held_out import ENOUGH_CASES, HeldOut
+from ofl_sam2.training.judge import Judge
 from ofl_sam2.training.processes import rank, wait, world_size
 from ofl_sam2.training.settings import EpochReport, TrainingResult, TrainingSettings
 
@@ -76,7 +76,7 @@ def train(
         )
     grids = {case.volume.name: case.volume.grid for case in cases}
     names = list(grids)
-    judge = _Judge(segmenter, cases, names, fitted)
+    judge = Judge(segmenter, cases, names, fitted)
     share = _unet_share(segmenter, grids.values(), settings.minutes) if judge.held_out.rows else 0.0
     alone = judge.begin(_JUDGING * 60 * settings.minutes if world_size() == 1 else math.inf, cancel) if share else None
     result = TrainingResult([], alone, None, False)
@@ -167,77 +167,10 @@ def _unet_share(segmenter: VolumeSegmenter, grids: Collection[tuple[int, ...]], 
     return _MANY_UNET if len(grids) >= ENOUGH_CASES else _UNET
 
 
-class _Judge:
-    """Whether a U-Net helps in slices that it has not seen: of whole cases if there are two.
-
-    Each structure is judged in the main view or, if it is drawn in close-ups, in these: a U-Net that is better than the
-    overview may be worse than what is drawn.
-
-    Attributes:
-        held_out: these slices.
-        dice: on what is scored of them, with the last U-Net asked about.
-    """
-
-    def __init__(
-        self,
-        segmenter: VolumeSegmenter,
-        cases: Sequence[LabelledCase],
-        names: Sequence[str],
-        fitted: Collection[str],
-    ) -> None:
-        self.segmenter, self.cases, self.names = segmenter, cases, names
-        pooled = [segmenter.pool.cases[name] for name in names]
-        self.held_out = HeldOut.choose(pooled, 2, segmenter.structures, fitted)
-        self._scored = self.held_out
-        self.dice: float | None = None
-
-    def begin(self, limit: float, cancel: CancelToken | None) -> float | None:
-        """Choose what can be scored in about so many seconds; return the Dice of it without a U-Net."""
-        close = self._close_ups() if self.segmenter.settings.close_ups else {}
-        magnified = {name: set[int]() for name in self.names}
-        for case in (self.segmenter.pools[CLOSE].cases[key] for _, key in close):
-            magnified[case.name] |= case.known
-        whole = HeldOut({**self.held_out.rows, **close}, magnified)
-        self._scored, dice = whole.affordable(self.segmenter, limit, cancel)
-        return dice
-
-    def seen(self, case: LabelledCase) -> LabelledCase | None:
-        """What a U-Net may see of a case before it is judged; None if that is nothing."""
-        return self.held_out.seen(case, self.segmenter.pool.cases[case.volume.name])
-
-    def helps(self, unet: VoxelUNet) -> bool:
-        """Whether the average with a U-Net is better than what the segmenter draws without."""
-        seconds = self._scored.drawn_by(unet, self.segmenter, self._apart())
-        without = self._scored.dice(self.segmenter)
-        self.dice = self._scored.dice(self.segmenter, seconds)
-        return without is not None and self.dice is not None and self.dice > without
-
-    def _apart(self) -> Iterator[LabelledCase]:
-        """The cases with held-out slices."""
-        return (self.cases[number] for number, name in enumerate(self.names) if (MAIN, name) in self.held_out.rows)
-
-    def _close_ups(self) -> dict[Entry, tuple[int, ...]]:
-        """The rows of main close-ups that lie in held-out slices."""
-        rows, pool = dict[Entry, tuple[int, ...]](), self.segmenter.pools.get(CLOSE, SupportPool())
-        viewpoint = cast(Viewpoint, self.segmenter.viewpoint)
-        for case in self._apart():
-            main, name = self.segmenter.pool.cases[case.volume.name], case.volume.name
-            apart = {main.slices[row] for row in self.held_out.rows[MAIN, name]}
-            stack = viewpoint.stack(case.volume)
-            for look in viewpoint.looks(case):
-                key = pool_key(name, look.focus)
-                if look.view == CLOSE and look.window and key in pool.cases:
-                    before = stack.slices_before(look.window)
-                    inside = [row for row, index in enumerate(pool.cases[key].slices) if index + before in apart]
-                    if inside:
-                        rows[CLOSE, key] = tuple(inside)
-        return rows
-
-
 def _fit_unet(
     segmenter: VolumeSegmenter,
     cases: Sequence[LabelledCase],
-    judge: _Judge,
+    judge: Judge,
     settings: TrainingSettings,
     share: float,
     reports: list[EpochReport],
