@@ -127,7 +127,7 @@ def train(
         "peak_memory_gb": round(peak_memory_gb(), 2),
     }
     out.print(f"Trained {len(trained.reports)} epochs on {len(result['cases'])} cases in {result['seconds']} s.")
-    if trained.dice_before is not None:
+    if trained.dice_before is not None and trained.dice_after is not None:
         kept = "kept" if trained.improved else "no better, so the parameters stay as they were"
         out.print(f"Dice of held-out labelled slices {trained.dice_before:.3f} -> {trained.dice_after:.3f}: {kept}.")
     if segmenter.unet is None:
