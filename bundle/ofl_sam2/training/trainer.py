@@ -78,7 +78,7 @@ def train(
     names = list(grids)
     judge = Judge(segmenter, cases, names, fitted)
     share = _unet_share(segmenter, grids.values(), settings.minutes) if judge.held_out.rows else 0.0
-    alone = judge.begin(_JUDGING * 60 * settings.minutes if world_size() == 1 else math.inf, cancel) if share else None
+    alone = judge.begin(_bounded(_JUDGING * 60 * settings.minutes), cancel) if share else None
     result = TrainingResult([], alone, None, False)
     if share < 1:
         result = _fit_learner(
@@ -126,8 +126,7 @@ def _fit_learner(
         run.resume(checkpoint)
     copies.start(run.steps, Watch(encoded, cancel))
     encoding, started = time.perf_counter() - started, time.perf_counter()
-    affordable = (_MOST_ASIDE * run.budget - encoding) / 2 if world_size() == 1 else math.inf  # all decide alike
-    held_out, before = held_out.affordable(segmenter, affordable, cancel)
+    held_out, before = held_out.affordable(segmenter, _bounded((_MOST_ASIDE * run.budget - encoding) / 2), cancel)
     scoring = 2 * (time.perf_counter() - started)
     run.set_aside(min(encoding + scoring, _MOST_ASIDE * run.budget))
     old = copy.deepcopy(segmenter.learner.state_dict())
@@ -138,6 +137,11 @@ def _fit_learner(
     if not improved:
         segmenter.learner.load_state_dict(old)
     return TrainingResult(reports, before, after, improved)
+
+
+def _bounded(seconds: float) -> float:
+    """How long may be scored; several processes score everything, so that they decide alike."""
+    return seconds if world_size() == 1 else math.inf
 
 
 @torch.no_grad()

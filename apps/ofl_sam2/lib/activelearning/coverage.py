@@ -68,17 +68,18 @@ class Coverage:
         """Descriptors of the images that have one, and of the first few that do not; unreadable ones are tried once."""
         found, new = {}, 0
         for image in images:
-            descriptor, key = self.known(image, datastore, encoder), self._key(image, datastore, encoder)
-            if descriptor is None and new < _NEW_A_CALL and key not in self._unreadable:
+            descriptor = self.known(image, datastore, encoder)
+            if descriptor is None and new < _NEW_A_CALL:
+                if (key := self._key(image, datastore, encoder)) in self._unreadable:
+                    continue
                 try:
                     descriptor = self._describe(image, datastore, encoder)
-                    new += 1
-                except InputError as error:
+                except (InputError, ArchiveError) as error:
                     logger.warning("%s cannot be described: %s", image, error)
-                    self._unreadable.add(key)
-                except ArchiveError as error:
-                    logger.warning("%s cannot be described: %s", image, error)
-                    new += 1
+                    if isinstance(error, InputError):
+                        self._unreadable.add(key)
+                        continue
+                new += 1
             if descriptor is not None:
                 found[image] = descriptor
         return found
