@@ -46,7 +46,8 @@ class Planned:
 def planned(data_set: DataSet) -> Iterator[Planned]:
     """All rows of a data set, the short ones of a task first."""
     for task in data_set.tasks:
-        yield from (Planned(task, method, 0) for method in UNTRAINED)
+        if not task.seed:
+            yield from (Planned(task, method, 0) for method in UNTRAINED)
         for budget in BUDGETS:
             yield from (Planned(task, method, budget) for method in METHODS if method not in UNTRAINED)
         if (task.dataset, task.shots, task.draw) == LONG_TASK:
@@ -69,7 +70,7 @@ def measure(row: Planned, data_set: DataSet, most_queries: int | None) -> dict[s
     supports = [data_set.case(name) for name in row.task.supports]
     queries = [data_set.case(name) for name in row.task.queries[:most_queries]]
     usage = Usage()
-    fitted = fit(row.method, row.budget, supports, data_set.structures)
+    fitted = fit(row.method, row.budget, supports, data_set.structures, row.task.seed)
     started = time.perf_counter()
     predictions = [fitted.segment(case.volume) for case in queries]
     segment_seconds = (time.perf_counter() - started) / len(queries)
@@ -80,6 +81,7 @@ def measure(row: Planned, data_set: DataSet, most_queries: int | None) -> dict[s
         "dataset": row.task.dataset,
         "k": row.task.shots,
         "draw": row.task.draw,
+        "seed": row.task.seed,
         "method": row.method,
         "budget": row.budget,
         **rounded(report.mean()),

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from ofl_sam2 import propagation
 from ofl_sam2.backbone.frozen import Memory
-from ofl_sam2.learner.few_shot import KERNEL
+from ofl_sam2.learner.few_shot import KERNEL, mask_at_logit_size
 from ofl_sam2.learner.steepest_descent import loss
 from ofl_sam2.memory.pool import MAIN, SupportKey
+from ofl_sam2.memory.recent import RecentTensors
 from ofl_sam2.memory.working_set import WorkingSet
 from ofl_sam2.propagation import Propagation, SupportEncoder, solve_on_pool, visiting_order
 from ofl_sam2.settings import Order, Settings
@@ -36,13 +37,18 @@ def slices(nano, learned, make_case):
     return [features[index : index + 1] for index in range(SLICES)]
 
 
+def parts(segmenter):
+    """What a `SupportEncoder` needs."""
+    return segmenter.backbone, segmenter.learner, segmenter.pool
+
+
 @pytest.fixture
 def start(learned):
     """Build a propagation over the learned pool."""
 
     def build(values=(1, 2), **switches):
         settings = Settings(gamma=0.5, **switches)
-        encoder = SupportEncoder(learned.backbone, learned.learner, learned.pool)
+        encoder = SupportEncoder(*parts(learned))
         return Propagation(encoder, values, solve_on_pool(encoder, values, settings), settings)
 
     with torch.no_grad():
@@ -191,56 +197,85 @@ def test_without_updates_the_learner_sees_no_query(start, slices, switches):
 def test_a_structure_with_few_labelled_slices_repeats_them(make_segmenter, make_case, slices):
     cases = (make_case("a"), make_case("b", values=(1,), labelled_slices=(1, 2, 3)))
     segmenter = make_segmenter(cases, supports=6, absent_supports=0)
-    encoder = SupportEncoder(segmenter.backbone, segmenter.learner, segmenter.pool)
+    encoder = SupportEncoder(*parts(segmenter))
     propagated = Propagation(encoder, (1, 2), segmenter.view(MAIN).solution, segmenter.settings)
     with torch.no_grad():
         supports = propagated._retrieve(slices[0])
     assert [len(own) for own in supports] == [6, 6]
-    assert [len({id(support) for support in own}) for own in supports] == [6, 3]
+    assert [len(set(own)) for own in supports] == [6, 3]
     assert supports[1][:3] == supports[1][3:]
 
 
-def test_supports_are_encoded_once_when_needed_and_the_least_recently_used_goes_first(learned, monkeypatch):
-    encoded = []
-    remember = learned.backbone.remember_mask
-    monkeypatch.setattr(learned.backbone, "remember_mask", lambda *args: encoded.append(1) or remember(*args))
-    monkeypatch.setattr(propagation, "MAX_CACHED_SUPPORTS", 2)
-    encoder = SupportEncoder(learned.backbone, learned.learner, learned.pool)
-    first, second, third = (SupportKey("a", row) for row in range(3))
-    with torch.no_grad():
-        kept = encoder(first, 1)
-        assert encoder(second, 1).memory is not None
-        assert len(encoded) == 1
-        assert encoder(first, 1) is kept
-        assert kept.memory is kept.memory
-        assert encoder(third, 1).memory is not None
-        assert len(encoded) == 3
-        assert encoder(first, 1) is kept
-        assert encoder(second, 1).memory is not None
-        assert len(encoded) == 4
-    assert len(encoder._cache) == 2
+@pytest.fixture
+def encoded(learned, monkeypatch):
+    """How many structures SAM2 was asked to remember, each time that it was."""
+    counts, remember = [], learned.backbone.remember_mask
+
+    def counted(features, masks):
+        counts.append(len(masks))
+        return remember(features, masks)
+
+    monkeypatch.setattr(learned.backbone, "remember_mask", counted)
+    return counts
 
 
+@torch.no_grad()
+def test_supports_are_encoded_once_when_needed_and_the_least_recently_used_goes_first(learned, encoded):
+    first, second, third = (SupportKey("a", row) for row in range(1, 4))
+    one = sum(tensor.nbytes for tensor in vars(SupportEncoder(*parts(learned)).memory(first, 1)).values())
+    encoder = SupportEncoder(*parts(learned), RecentTensors(2 * one * len(learned.pool.taught(first))))
+    encoded.clear()
+    for key, times in ((first, 1), (second, 2), (first, 2), (third, 3), (first, 3), (second, 4)):
+        encoder.memory(key, 1)
+        assert len(encoded) == times
+
+
+@torch.no_grad()
+def test_structures_of_a_slice_are_encoded_together_and_those_it_lacks_once(learned, encoded):
+    encoder, key = SupportEncoder(*parts(learned)), SupportKey("a", 2)
+    assert learned.pool.taught(key) == [1, 2]
+    one, other = encoder.memory(key, 1), encoder.memory(key, 2)
+    assert encoded == [2]
+    assert not torch.equal(one.features, other.features)
+    lacking = [encoder.memory(key, value) for value in (7, 8)]
+    assert encoded == [2, 1]
+    assert torch.equal(lacking[0].features, lacking[1].features)
+
+
+@torch.no_grad()
+def test_what_is_remembered_does_not_depend_on_what_is_kept(learned):
+    kept, forgetful = SupportEncoder(*parts(learned)), SupportEncoder(*parts(learned), RecentTensors(0))
+    asked = [(SupportKey("a", row), value) for row in range(4) for value in (1, 2, 7)]
+    for key, value in [*asked, *reversed(asked)]:
+        for left, right in zip(kept.sample(key, value), forgetful.sample(key, value), strict=True):
+            assert torch.equal(left, right)
+        left, right = kept.memory(key, value), forgetful.memory(key, value)
+        assert torch.equal(left.features, right.features) and torch.equal(left.pointer, right.pointer)
+
+
+@torch.no_grad()
 def test_a_support_is_what_the_backbone_and_the_learner_make_of_its_mask(learned):
     key = SupportKey("a", 2)
     features, mask = learned.pool.features(key), learned.pool.mask(key, 1)
     assert mask.any()
-    with torch.no_grad():
-        support = SupportEncoder(learned.backbone, learned.learner, learned.pool)(key, 1)
-        expected: Memory = learned.backbone.remember_mask(features, mask[None])
-    assert torch.equal(support.memory.features, expected.features)
-    assert torch.equal(support.memory.pointer, expected.pointer)
-    assert torch.equal(support.x, learned.learner.embed(features.stride16))
+    encoder = SupportEncoder(*parts(learned))
+    expected: Memory = learned.backbone.remember_mask(features, mask[None])
+    memory, (x, encoding, weight) = encoder.memory(key, 1), encoder.sample(key, 1)
+    assert torch.allclose(memory.features, expected.features, atol=1e-4)
+    assert torch.allclose(memory.pointer, expected.pointer, atol=1e-4)
+    assert torch.equal(x, learned.learner.embed(features.stride16))
+    labels = learned.learner.encode_labels(features.stride16, mask_at_logit_size(mask[None], 4 * x.shape[-1]))
+    assert torch.equal(encoding, labels[0]) and torch.equal(weight, labels[1])
 
 
 def test_solving_on_the_pool_lowers_the_loss_of_every_structure(learned):
-    encoder = SupportEncoder(learned.backbone, learned.learner, learned.pool)
+    encoder = SupportEncoder(*parts(learned))
     with torch.no_grad():
         tau = solve_on_pool(encoder, (1, 2), Settings(gamma=0.5)).tau
         assert tau.shape == (2, 32, 32, KERNEL, KERNEL)
         for row, value in enumerate((1, 2)):
-            supports = [encoder(key, value) for key in learned.pool.spread(value, 32)]
-            samples = (torch.stack(column, 1) for column in zip(*(s.sample for s in supports), strict=True))
+            supports = [encoder.sample(key, value) for key in learned.pool.spread(value, 32)]
+            samples = (torch.stack(column, 1) for column in zip(*supports, strict=True))
             problem = learned.learner.problem(*WorkingSet(*samples).samples())
             before, after = loss(learned.learner.start(1), problem), loss(tau[row : row + 1], problem)
             assert after.item() < 0.5 * before.item()

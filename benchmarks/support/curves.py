@@ -69,8 +69,10 @@ def markdown(rows: Sequence[Row]) -> str:
     machines = {_machine(row["conditions"]): None for row in rows}
     lines += ["", "Measured on:", "", *(f"- {machine}" for machine in machines)]
     lines += ["", "Labelled volumes of each draw:", ""]
-    draws = {(row["dataset"], row["k"], row["draw"]): row["supports"] for row in rows}
-    lines += [f"- {data}, K = {k}, draw {draw}: {', '.join(names)}" for (data, k, draw), names in sorted(draws.items())]
+    draws = {(row["dataset"], row["k"], row["draw"]): row for row in rows}
+    for (data, k, draw), row in sorted(draws.items()):
+        seed = f" (seed {row['seed']})" if row.get("seed") else ""
+        lines.append(f"- {data}, K = {k}, draw {draw}: {', '.join(row['supports'])}{seed}")
     return "\n".join(lines) + "\n"
 
 

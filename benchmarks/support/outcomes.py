@@ -40,7 +40,7 @@ class Fitted:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def fit(method: str, budget: float, cases: Sequence[LabelledCase], structures: dict[int, str]) -> Fitted:
+def fit(method: str, budget: float, cases: Sequence[LabelledCase], structures: dict[int, str], seed: int = 0) -> Fitted:
     """Learn labelled volumes by one of `METHODS`.
 
     Args:
@@ -48,24 +48,26 @@ def fit(method: str, budget: float, cases: Sequence[LabelledCase], structures: d
         budget: wall time in seconds; 0 for the methods without training.
         cases: the labelled volumes.
         structures: {label value: name}.
+        seed: of training.
     """
     if method in PEERS:
         wall, cpu = time.perf_counter(), time.process_time()
-        peer = train_peer(method, cases, structures, budget)
+        peer = train_peer(method, cases, structures, budget, seed)
         return Fitted(time.perf_counter() - wall, time.process_time() - cpu, peer.steps, peer.segment)
     segmenter, steps, details = with_settings(nano(), **UNTRAINED.get(method, {})), 0, {}
     wall, cpu = time.perf_counter(), time.process_time()
     segmenter.learn(cases, structures)
     if method == "train":
         left = budget - (time.perf_counter() - wall)
-        steps, details = _train(segmenter, cases, max(left, budget / 2))
+        steps, details = _train(segmenter, cases, max(left, budget / 2), seed)
     seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
     return Fitted(seconds, cpu_seconds, steps, lambda volume: segmenter.segment(volume).labels, details)
 
 
-def _train(segmenter, cases: Sequence[LabelledCase], seconds: float) -> tuple[int, dict[str, Any]]:
+def _train(segmenter, cases: Sequence[LabelledCase], seconds: float, seed: int) -> tuple[int, dict[str, Any]]:
     """Steps, and what training found on held-out slices."""
     engines: list[Engine] = []
-    result = train(segmenter, cases, TrainingSettings(minutes=seconds / 60), attach=engines.append)
+    settings = TrainingSettings(minutes=seconds / 60, seed=seed)
+    result = train(segmenter, cases, settings, attach=engines.append)
     held_out = {"held_out_before": result.dice_before, "held_out_after": result.dice_after}
     return engines[0].state.iteration if engines else 0, {"improved": result.improved, **held_out}

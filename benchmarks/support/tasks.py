@@ -20,12 +20,13 @@ DRAWS, SEED = 3, 0
 
 @dataclass(frozen=True)
 class Task:
-    """Learn from `supports`, segment `queries`."""
+    """Learn from `supports`, segment `queries`; `seed` is that of training."""
 
     dataset: str
     draw: int
     supports: tuple[str, ...]
     queries: tuple[str, ...]
+    seed: int = 0
 
     @property
     def shots(self) -> int:
@@ -109,12 +110,13 @@ def hippocampus() -> DataSet:
 
 
 def sunnybrook() -> DataSet:
-    """Cine MR of the heart at end diastole: draw 0 is patient 1 -> 2, draw 1 is patient 2 -> 1."""
+    """Cine MR of the heart at end diastole: even draws are patient 1 -> 2, odd ones 2 -> 1, each with three seeds."""
     folder = data_folder("sunnybrook_cine")
     listed = json.loads((folder / "cases.json").read_text())
     slices = {f"{name}_ED": entry["ed_slices"] for name, entry in listed.items()}
     one, two = slices
-    tasks = (Task("sunnybrook", 0, (one,), (two,)), Task("sunnybrook", 1, (two,), (one,)))
+    ways = ((one,), (two,)), ((two,), (one,))
+    tasks = tuple(Task("sunnybrook", 2 * seed + way, *ways[way], seed) for seed in range(DRAWS) for way in range(2))
     return DataSet(folder, {1: "LV cavity", 2: "myocardium"}, tasks, slices, tolerance=1.4)
 
 

@@ -129,6 +129,18 @@ def find_cases(images: Path, labels: Path | None = None, cases: Sequence[str] | 
     return [Case(name, image_paths[name], label_paths.get(name)) for name in names]
 
 
+def labelled_cases(images: Path, labels: Path, cases: Sequence[str] | None = None) -> list[Case]:
+    """Those of `find_cases` that have a label.
+
+    Raises:
+        InputError: as in `find_cases`, or no label at all.
+    """
+    found = [case for case in find_cases(images, labels, cases) if case.label is not None]
+    if not found:
+        raise InputError(f"{labels} holds no label of an image in {images}. A label has the name of its image.")
+    return found
+
+
 def load_case(case: Case, *, ignore_empty_slices: bool = False) -> LabelledCase:
     """Read a case and check that image and label belong together.
 

@@ -11,7 +11,7 @@ from platformdirs import user_cache_path
 
 from ofl_sam2.backbone.load import load_backbone
 from ofl_sam2.console import err, progress
-from ofl_sam2.dataset import Case, LabelledCase, LazyCases, find_cases, load_case, parse_structures
+from ofl_sam2.dataset import Case, LabelledCase, LazyCases, find_cases, labelled_cases, load_case, parse_structures
 from ofl_sam2.errors import InputError, ModelError
 from ofl_sam2.files import case_name, image_suffix, is_image, is_sequence, read_volume, write_labels
 from ofl_sam2.intensity import parse_window
@@ -114,7 +114,7 @@ def learn_cases(
     Returns:
         What was learned, for a JSON report.
     """
-    chosen = _labelled(images, labels, cases)
+    chosen = labelled_cases(images, labels, cases)
     notes = read_index(model).notes if is_model(model) and len(segmenter.pool) else {}
     names = parse_structures(structures) if structures else None
     with progress("learn", unit="case") as done:
@@ -147,7 +147,7 @@ def train_cases(
     Raises:
         Cancelled: stopped by `cancel`; what was fitted until then is saved.
     """
-    loaded, chosen = LazyCases(), _labelled(images, labels, cases)
+    loaded, chosen = LazyCases(), labelled_cases(images, labels, cases)
     for case, labelled in zip(chosen, _load(chosen, ignore_empty_slices), strict=True):
         loaded.add(labelled, partial(read_volume, case.image))
     with progress("encode augmented copies") as encoded, progress("train", unit="%") as trained:
@@ -234,14 +234,6 @@ def check_all_segmented(failures: dict[str, str]) -> None:
     if failures:
         reasons = " ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise InputError(f"{len(failures)} of the images could not be segmented. {reasons}")
-
-
-def _labelled(images: Path, labels: Path, names: Sequence[str] | None) -> list[Case]:
-    """Cases that have a label."""
-    cases = [case for case in find_cases(images, labels, names) if case.label is not None]
-    if not cases:
-        raise InputError(f"{labels} holds no label of an image in {images}. A label has the name of its image.")
-    return cases
 
 
 def _load(cases: Iterable[Case], ignore_empty_slices: bool) -> Iterator[LabelledCase]:

@@ -3,10 +3,8 @@
 Shapes: K structures of one slice share its image features and go through SAM2 as a batch of K objects.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -15,11 +13,12 @@ from torch import Tensor
 from ofl_sam2.backbone.frozen import Decoded, ImageFeatures, Memory, SAM2Backbone
 from ofl_sam2.learner.few_shot import FewShotLearner, mask_at_logit_size
 from ofl_sam2.memory.pool import SupportKey, SupportPool, describe
+from ofl_sam2.memory.recent import RecentTensors
 from ofl_sam2.memory.working_set import WorkingSet
 from ofl_sam2.quality import confidence
 from ofl_sam2.settings import Order, Settings
 
-MAX_CACHED_SUPPORTS = 512
+MOST_SUPPORT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -32,60 +31,77 @@ class SegmentedSlice:
     present: Tensor
 
 
-@dataclass(frozen=True)
-class _Support:
-    """A labelled slice as the method uses it, for one structure; SAM2's memory of it is encoded when first needed."""
+class SupportEncoder:
+    """Turns labelled slices into SAM2's memories and the learner's samples of one structure.
 
-    remember: Callable[[], Memory]
-    x: Tensor
-    encoding: Tensor
-    weight: Tensor
+    A slice is the same for all structures that it lacks.
 
-    @cached_property
-    def memory(self) -> Memory:
-        """SAM2's memory of the slice."""
-        return self.remember()
+    Args:
+        backbone, learner: what encodes them.
+        pool: the labelled slices.
+        kept: what was encoded last; encoders may share it.
+    """
+
+    def __init__(
+        self, backbone: SAM2Backbone, learner: FewShotLearner, pool: SupportPool, kept: RecentTensors | None = None
+    ) -> None:
+        self.backbone, self.learner, self.pool = backbone, learner, pool
+        self._kept = kept or RecentTensors(MOST_SUPPORT_BYTES)
+
+    def memory(self, key: SupportKey, value: int) -> Memory:
+        """What SAM2 remembers of a labelled slice; all structures in it are encoded at once."""
+        if found := self._kept.get((self, Memory, key, self._drawn(key, value))):
+            return Memory(**found)
+        taught = self.pool.taught(key)
+        values = taught if value in taught else [value]
+        masks = torch.stack([self._mask(key, each) for each in values])
+        encoded = self.backbone.remember_mask(self._features(key).expand(len(values)), masks)
+        memories = {each: encoded[[row]] for row, each in enumerate(values)}
+        for each, memory in memories.items():
+            self._kept.put((self, Memory, key, self._drawn(key, each)), vars(memory))
+        return memories[value]
+
+    def sample(self, key: SupportKey, value: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the learner sees of it: `x (1, C_x, h, w)`, `encoding` and `weight (1, D, h, w)`."""
+
+        def embed() -> dict[str, Tensor]:
+            return {"x": self.learner.embed(self._features(key).stride16)}
+
+        def encode() -> dict[str, Tensor]:
+            features = self._features(key)
+            mask = mask_at_logit_size(self._mask(key, value)[None], features.stride4.shape[-1])
+            return dict(zip(names, self.learner.encode_labels(features.stride16, mask), strict=True))
+
+        names = "encoding", "weight"
+        label = self._once((self, names, key, self._drawn(key, value)), encode)
+        return self._once((self, "x", key), embed)["x"], label["encoding"], label["weight"]
+
+    def _once(self, entry: Hashable, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if (found := self._kept.get(entry)) is None:
+            found = encode()
+            self._kept.put(entry, found)
+        return found
+
+    def _drawn(self, key: SupportKey, value: int) -> int | None:
+        return value if value in self.pool.present(key) else None
+
+    def _mask(self, key: SupportKey, value: int) -> Tensor:
+        return self.pool.mask(key, value).to(self._device)
+
+    def _features(self, key: SupportKey) -> ImageFeatures:
+        return self.pool.features(key).to(self._device)
 
     @property
-    def sample(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the learner sees of it: `x (1, C_x, h, w)`, `encoding` and `weight (1, D, h, w)`."""
-        return self.x, self.encoding, self.weight
+    def _device(self) -> torch.device:
+        return self.learner.lam.device
 
 
-class SupportEncoder:
-    """Turns labelled slices into memories and learner samples, each once; bounded, least recently used goes first."""
-
-    def __init__(self, backbone: SAM2Backbone, learner: FewShotLearner, pool: SupportPool) -> None:
-        self.backbone, self.learner, self.pool = backbone, learner, pool
-        self._cache: OrderedDict[tuple[SupportKey, int], _Support] = OrderedDict()
-
-    def __call__(self, key: SupportKey, value: int) -> _Support:
-        """Encode one labelled slice for one structure."""
-        entry = self._cache.pop((key, value), None) or self._encode(key, value)
-        self._cache[key, value] = entry
-        if len(self._cache) > MAX_CACHED_SUPPORTS:
-            self._cache.popitem(last=False)
-        return entry
-
-    def _encode(self, key: SupportKey, value: int) -> _Support:
-        features, mask = self._slice(key, value)
-        encoded = self.learner.encode_labels(features.stride16, mask_at_logit_size(mask, features.stride4.shape[-1]))
-        remember = partial(self._remember, key, value)
-        return _Support(remember, self.learner.embed(features.stride16), *encoded)
-
-    def _remember(self, key: SupportKey, value: int) -> Memory:
-        return self.backbone.remember_mask(*self._slice(key, value))
-
-    def _slice(self, key: SupportKey, value: int) -> tuple[ImageFeatures, Tensor]:
-        device = self.learner.lam.device
-        return self.pool.features(key).to(device), self.pool.mask(key, value)[None].to(device)
-
-
-def _samples(supports: Sequence[Sequence[_Support]]) -> tuple[Tensor, Tensor, Tensor]:
+def _samples(
+    encoder: SupportEncoder, values: Sequence[int], keys: Sequence[Sequence[SupportKey]]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Learner samples of S supports for each of K structures: `(K, S, ...)`."""
-    x, encoding, weight = (
-        torch.stack([torch.cat([support.sample[i] for support in own]) for own in supports]) for i in range(3)
-    )
+    samples = [[encoder.sample(key, value) for key in own] for own, value in zip(keys, values, strict=True)]
+    x, encoding, weight = (torch.stack([torch.cat([one[i] for one in own]) for own in samples]) for i in range(3))
     return x, encoding, weight
 
 
@@ -101,8 +117,7 @@ def solve_on_pool(encoder: SupportEncoder, values: Sequence[int], settings: Sett
     learner = encoder.learner
     solved, metrics = [], []
     for value in values:
-        supports = [encoder(key, value) for key in encoder.pool.spread(value, settings.pool_slices)]
-        x, encoding, weight = _samples([supports])
+        x, encoding, weight = _samples(encoder, [value], [encoder.pool.spread(value, settings.pool_slices)])
         problem = learner.problem(*WorkingSet(x, encoding, weight).samples())
         metric = learner.metric(x) if settings.preconditioned else None
         solved.append(learner.solve(learner.start(1), problem, settings.learn_steps, metric, settings.exact_ridge))
@@ -128,9 +143,10 @@ class LearnedView:
         backbone: SAM2Backbone,
         learner: FewShotLearner,
         settings: Settings,
+        kept: RecentTensors | None = None,
     ) -> None:
         self.pool, self.values = pool, values
-        self.supports = SupportEncoder(backbone, learner, pool)
+        self.supports = SupportEncoder(backbone, learner, pool, kept)
         self.solution = solve_on_pool(self.supports, values, settings)
 
     def of(self, values: tuple[int, ...]) -> PoolSolution:
@@ -204,7 +220,7 @@ class Propagation:
         self._remember(shared, decoded, trust >= self.settings.gamma)
         return SegmentedSlice(index, decoded.masks(), trust, decoded.presence > 0)
 
-    def _retrieve(self, features: ImageFeatures) -> list[list[_Support]]:
+    def _retrieve(self, features: ImageFeatures) -> list[list[SupportKey]]:
         """Supports per structure, all lists of one length: short ones repeat their supports."""
         descriptor = describe(features.stride16)[0].cpu()
         keys = [
@@ -212,27 +228,24 @@ class Propagation:
             for value in self.values
         ]
         longest = max(map(len, keys))
-        return [
-            [self.encoder(own[i % len(own)], value) for i in range(longest)]
-            for own, value in zip(keys, self.values, strict=True)
-        ]
+        return [[own[i % len(own)] for i in range(longest)] for own in keys]
 
-    def _attend(self, features: ImageFeatures, supports: list[list[_Support]]) -> Tensor:
+    def _attend(self, features: ImageFeatures, supports: list[list[SupportKey]]) -> Tensor:
         """Memory attention; structures with the same number of recent memories go together."""
         embedding = torch.empty_like(features.stride16)
         for length in sorted({len(memories) for memories in self.recent}):
             rows = [row for row, memories in enumerate(self.recent) if len(memories) == length]
             conditioning = [
-                Memory.cat([supports[row][i].memory for row in rows])
+                Memory.cat([self.encoder.memory(supports[row][i], self.values[row]) for row in rows])
                 for i in range(min(len(supports[0]), self.settings.memory_supports))
             ]
             recent = [Memory.cat([self.recent[row][i] for row in rows]) for i in range(length)]
             embedding[rows] = self.backbone.attend(features[rows], conditioning, recent)
         return embedding
 
-    def _adapt(self, supports: list[list[_Support]]) -> None:
+    def _adapt(self, supports: list[list[SupportKey]]) -> None:
         """Solve the mapping networks on the retrieved supports and the accepted slices."""
-        samples = _samples(supports)
+        samples = _samples(self.encoder, self.values, supports)
         if self.working_set is None:
             self.working_set = WorkingSet(
                 *samples,

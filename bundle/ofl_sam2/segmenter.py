@@ -21,8 +21,9 @@ from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.looks import Look, Viewpoint
 from ofl_sam2.memory.cache import FeatureCache
 from ofl_sam2.memory.pool import MAIN, PooledCase, SupportPool, View, label_map
+from ofl_sam2.memory.recent import RecentTensors
 from ofl_sam2.progress import CancelToken, Progress, Watch
-from ofl_sam2.propagation import LearnedView
+from ofl_sam2.propagation import MOST_SUPPORT_BYTES, LearnedView
 from ofl_sam2.settings import Settings
 from ofl_sam2.volume import SliceStack, Volume
 
@@ -156,8 +157,9 @@ class VolumeSegmenter:
     def solve(self) -> None:
         """Solve the mapping networks on the pools; after `learn`, and whenever the learner's parameters change."""
         values = {view: self._teachable(pool) for view, pool in self.pools.items()}
+        kept = RecentTensors(MOST_SUPPORT_BYTES)
         self._views = {
-            view: LearnedView(pool, values[view], self.backbone, self.learner, self.settings)
+            view: LearnedView(pool, values[view], self.backbone, self.learner, self.settings, kept)
             for view, pool in self.pools.items()
             if values[view]
         }

@@ -1,6 +1,7 @@
 """The label-efficiency table: draws, planned rows, choosing among them, continuing, reporting."""
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import label_efficiency
@@ -20,7 +21,8 @@ def everything(**choice):
 
 
 def result(row, *_):
-    named = {"dataset": row.task.dataset, "k": row.task.shots, "draw": row.task.draw, "supports": row.task.supports}
+    task = row.task
+    named = {"dataset": task.dataset, "k": task.shots, "draw": task.draw, "seed": task.seed, "supports": task.supports}
     scores = {"dice": 0.5 + 0.1 * row.task.draw, "hd95": None, "surface_dice": 0.6}
     times = {"seconds": 3.0 + row.budget, "cpu_seconds": 4.0, "steps": 7, "segment_seconds": 1.0}
     return {**named, "method": row.method, "budget": row.budget, **scores, **times, "conditions": MACHINE}
@@ -51,6 +53,16 @@ def test_every_row_has_its_own_key(data_set):
     rows = list(label_efficiency.planned(data_set))
     assert len(rows) == 2 * (3 + 3 * 6)
     assert len({row.key for row in rows}) == len(rows)
+
+
+def test_what_is_not_trained_has_one_seed_and_others_are_named(data_set):
+    task, other = data_set.tasks
+    again = replace(data_set, tasks=(task, replace(other, supports=task.supports, seed=1)))
+    rows = list(label_efficiency.planned(again))
+    assert {row.method for row in rows if row.task.seed} == {"train", "DynUNet", "SegResNet"}
+    text = markdown([result(row) for row in rows])
+    assert f"draw 0: {', '.join(task.supports)}\n" in text
+    assert f"draw 1: {', '.join(task.supports)} (seed 1)\n" in text
 
 
 def test_the_command_line_chooses_rows(data_set):

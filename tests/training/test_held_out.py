@@ -1,6 +1,7 @@
 """Slices that training does not see."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from ofl_sam2.backbone.frozen import ImageFeatures
 from ofl_sam2.errors import Cancelled
 from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import VoxelUNet
-from ofl_sam2.memory.pool import MAIN, PooledCase, View
+from ofl_sam2.memory.pool import CLOSE, MAIN, PooledCase, View
 from ofl_sam2.progress import CancelToken
 from ofl_sam2.training.held_out import MOST_SCORED, HeldOut, _middle, part
 
@@ -73,6 +74,18 @@ def test_too_few_slices_leave_nothing_to_hold_out(make_segmenter):
     assert held_out.dice(make_segmenter()) is None
 
 
+@pytest.mark.parametrize("names", ["a", "abcd"])
+def test_structures_of_close_ups_are_scored_in_these_alone(names):
+    close = [
+        replace(pooled(name, filled=range(2, 8), view=view), focus=(1,))
+        for name in names
+        for view in (CLOSE, View(0, close=True))
+    ]
+    wide = [pooled(name, filled=range(2, 8), view=view) for name in names for view in (MAIN, View(0))]
+    assert HeldOut.choose([*wide, *close]).magnified == {"a": {1}}
+    assert not HeldOut.choose(wide).magnified
+
+
 def test_a_part_of_a_case_keeps_slices_features_and_labels_together():
     case = pooled("a")
     chosen = part(case, [3, 9])
@@ -88,7 +101,7 @@ def test_a_case_is_scored_from_the_other_cases_and_a_lone_one_from_its_other_sli
 
     def perfect(segmenter, case, pool, values, *_):
         pools.append({key: other.slices for key, other in pool.cases.items()})
-        return [1.0] * len(values)
+        return [[1.0] * len(values)]
 
     monkeypatch.setattr("ofl_sam2.training.held_out._dice", perfect)
     two, one = make_segmenter((make_case("a"), make_case("b", seed=1))), make_segmenter((make_case("a"),))
@@ -152,9 +165,10 @@ def test_a_unet_counts_as_it_does_where_it_is_averaged(make_segmenter, make_case
     assert {name: maps.shape for name, maps in seconds.items()} == dict.fromkeys(
         ((MAIN, "a"), (MAIN, "b")), (1, 2, 16, 16)
     )
-    assert held_out.dice(segmenter, seconds) > 0.95 > held_out.dice(segmenter)
+    without, averaged = held_out.compared(segmenter, seconds)
+    assert averaged > 0.95 > without == held_out.dice(segmenter)
     unknown = {name: torch.full_like(maps, torch.nan) for name, maps in seconds.items()}
-    assert held_out.dice(segmenter, unknown) == held_out.dice(segmenter)
+    assert held_out.compared(segmenter, unknown) == (without, without)
 
 
 @pytest.mark.parametrize(("count", "names"), [(2, "a"), (3, "a"), (4, "a"), (9, "ai")])

@@ -15,7 +15,6 @@ import secrets
 import threading
 import time
 import zlib
-from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ofl_sam2.errors import InputError
+from ofl_sam2.memory.recent import RecentTensors
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class FeatureCache:
             raise InputError(f"Cache bounds are byte counts from 0 up, not {max_bytes} and {memory_bytes}.")
         self._folder = Path(folder) if folder is not None else None
         self._max_bytes = max_bytes
-        self._memory = _Memory(max_bytes if folder is None else memory_bytes)
+        self._memory = RecentTensors(max_bytes if folder is None else memory_bytes)
         self._lock = threading.Lock()
         self._writable_from = 0.0
         self._unscanned_bytes = 0
@@ -169,35 +169,6 @@ class FeatureCache:
                     path.unlink(missing_ok=True)
                     total -= size
             self._disk_bytes, self._unscanned_bytes = total, 0
-
-
-class _Memory:
-    """The most recently used entries, up to `max_bytes` of tensor values; safe to share between threads."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._entries: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: str) -> dict[str, Tensor] | None:
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-            return self._entries.get(key)
-
-    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        if _size(tensors) > self._max_bytes:
-            return
-        with self._lock:
-            self._bytes += _size(tensors) - _size(self._entries.pop(key, {}))
-            self._entries[key] = tensors
-            while self._bytes > self._max_bytes:
-                self._bytes -= _size(self._entries.popitem(last=False)[1])
-
-
-def _size(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -136,6 +136,14 @@ class SupportPool:
         """See `PooledCase.mask`."""
         return self.cases[key.case].mask(key.row, value)
 
+    def present(self, key: SupportKey) -> frozenset[int]:
+        """Label values in a slice."""
+        return self.cases[key.case].present[key.row]
+
+    def taught(self, key: SupportKey) -> list[int]:
+        """Those of them that its case can teach, ascending."""
+        return sorted(self.present(key) & self.cases[key.case].known)
+
     def retrieve(self, descriptor: Tensor, value: int, count: int, absent: int) -> list[SupportKey]:
         """The labelled slices most similar to a query, with and without the structure in turn, the nearest first.
 
@@ -151,8 +159,8 @@ class SupportPool:
             At least one key; without the structure only where no slice has it.
         """
         ranked = self._ranked(descriptor, value)
-        with_it = [key for key in ranked if value in self._present(key)]
-        without = [key for key in ranked if value not in self._present(key)]
+        with_it = [key for key in ranked if value in self.present(key)]
+        without = [key for key in ranked if value not in self.present(key)]
         absent = min(absent, count - 1) if with_it else max(absent, 1)
         without = without[: min(absent, count)]
         pairs = zip_longest(with_it[: count - len(without)], without)
@@ -161,8 +169,8 @@ class SupportPool:
     def spread(self, value: int, count: int) -> list[SupportKey]:
         """Up to `count` slices, as many of each case as it has to give, three of four with the structure."""
         cases = [[SupportKey(case.key, row) for row in range(len(case))] for case in self.teachers(value)]
-        with_it = [[key for key in keys if value in self._present(key)] for keys in cases]
-        without = [[key for key in keys if value not in self._present(key)] for keys in cases]
+        with_it = [[key for key in keys if value in self.present(key)] for keys in cases]
+        without = [[key for key in keys if value not in self.present(key)] for keys in cases]
         absent = min(count // 4, sum(map(len, without)))
         return _spread(with_it, count - absent) + _spread(without, absent)
 
@@ -172,9 +180,6 @@ class SupportPool:
             case.descriptors[[i for i, values in enumerate(case.present) if values]] for case in self.cases.values()
         ]
         return (descriptors @ torch.cat(rows).T).amax(1)
-
-    def _present(self, key: SupportKey) -> frozenset[int]:
-        return self.cases[key.case].present[key.row]
 
     def _ranked(self, descriptor: Tensor, value: int) -> list[SupportKey]:
         scored = [

@@ -43,6 +43,15 @@ class HeldOut:
     magnified: Mapping[str, Collection[int]] = field(default_factory=dict)
 
     @classmethod
+    def of(cls, rows: Mapping[Entry, tuple[int, ...]], cases: Iterable[PooledCase]) -> "HeldOut":
+        """These rows; structures of those of the cases that are close-ups are scored in these alone."""
+        magnified = dict[str, frozenset[int]]()
+        for case in cases:
+            if case.view.close and (case.view, case.key) in rows:
+                magnified[case.name] = magnified.get(case.name, frozenset()) | case.known
+        return cls(rows, magnified)
+
+    @classmethod
     def choose(
         cls,
         cases: Sequence[PooledCase],
@@ -57,7 +66,7 @@ class HeldOut:
         """
         names = sorted({case.name for case in cases})
         if len(names) < enough:
-            return cls({(c.view, c.key): rows for c in cases if (rows := _every_fifth(c))})
+            return cls.of({(c.view, c.key): rows for c in cases if (rows := _every_fifth(c))}, cases)
         taught = {name: _taught(case for case in cases if case.name == name) for name in names}
         holders = Counter(value for values in taught.values() for value in values)
         shared = {value for value in structures or holders if holders[value] > 1}
@@ -65,7 +74,7 @@ class HeldOut:
         most = min(_MOST_CASES, max(1, len(names) // ENOUGH_CASES))
         fair = [name for name in names if name not in fitted and shared & taught[name]]
         apart = set((fair or names)[::_CASES_PER_HELD_OUT][:most])
-        return cls({(c.view, c.key): tuple(range(len(c))) for c in cases if c.name in apart})
+        return cls.of({(c.view, c.key): tuple(range(len(c))) for c in cases if c.name in apart}, cases)
 
     def without(self, case: PooledCase) -> PooledCase | None:
         """What is left of a pooled case; None if that is nothing."""
@@ -81,17 +90,25 @@ class HeldOut:
         return replace(case, labelled_slices=left.slices) if left else None
 
     @torch.no_grad()
-    def dice(self, segmenter: VolumeSegmenter, seconds: Mapping[Entry, Tensor] | None = None) -> float | None:
+    def dice(self, segmenter: VolumeSegmenter) -> float | None:
         """Mean Dice of held-out slices, each case segmented from the other cases, a lone one from its other slices.
 
         Args:
             segmenter: what to score; its own U-Net is not asked.
-            seconds: what a U-Net says, see `drawn_by`; only where no rows are of side views.
 
         Returns:
             In [0, 1], at logit size; None where nothing could be scored.
         """
-        return _mean(self._scores(segmenter, entry, seconds) for entry in self.rows)
+        return _mean(self._scores(segmenter, entry)[0] for entry in self.rows)
+
+    @torch.no_grad()
+    def compared(
+        self, segmenter: VolumeSegmenter, seconds: Mapping[Entry, Tensor]
+    ) -> tuple[float | None, float | None]:
+        """As `dice`, and the Dice of the average with what a U-Net says (see `drawn_by`); no rows are of side views."""
+        pairs = [self._scores(segmenter, entry, (None, seconds[entry])) for entry in self.rows]
+        without, averaged = (_mean(pair[number] for pair in pairs) for number in range(2))
+        return without, averaged
 
     @torch.no_grad()
     def affordable(
@@ -109,17 +126,17 @@ class HeldOut:
         for entry in sorted(shuffled, key=lambda entry: entry[0] != MAIN):
             if scores and perf_counter() - started >= limit:
                 break
-            scores[entry] = self._scores(segmenter, entry, None, cancel)
+            (scores[entry],) = self._scores(segmenter, entry, cancel=cancel)
         return replace(self, rows={entry: self.rows[entry] for entry in scores}), _mean(scores.values())
 
     def _scores(
         self,
         segmenter: VolumeSegmenter,
         entry: Entry,
-        seconds: Mapping[Entry, Tensor] | None,
+        seconds: Sequence[Tensor | None] = (None,),
         cancel: CancelToken | None = None,
-    ) -> list[float]:
-        """Dice of each structure of a view of a case, see `dice`."""
+    ) -> list[list[float]]:
+        """Dice of each structure of a view of a case, averaged with each of `seconds`; see `dice`."""
         view, key = entry
         pool = segmenter.pools[view]
         case = pool.cases[key]
@@ -129,9 +146,8 @@ class HeldOut:
         known = case.known - set(() if view.close else self.magnified.get(case.name, ()))
         values = tuple(v for v in segmenter.structures if v in known & _taught(others.cases.values()))
         if not values:
-            return []
-        shown, second = part(case, _middle(case, self.rows[entry])), seconds[entry] if seconds else None
-        return _dice(segmenter, shown, others, values, second, cancel)
+            return [[] for _ in seconds]
+        return _dice(segmenter, part(case, _middle(case, self.rows[entry])), others, values, seconds, cancel)
 
     def drawn_by(
         self, unet: VoxelUNet, segmenter: VolumeSegmenter, cases: Iterable[LabelledCase]
@@ -205,23 +221,24 @@ def _dice(
     case: PooledCase,
     pool: SupportPool,
     values: tuple[int, ...],
-    second: Tensor | None,
+    seconds: Sequence[Tensor | None],
     cancel: CancelToken | None,
-) -> list[float]:
+) -> list[list[float]]:
     settings = segmenter.settings
     weight = settings.unet_weight(sum(not view.close for view in segmenter.pools))
     learned = LearnedView(pool, values, segmenter.backbone, segmenter.learner, settings)
     run = Propagation(learned.supports, values, learned.solution, settings)
     columns = [list(segmenter.structures).index(value) for value in values]
-    overlap, total = torch.zeros(len(values)), torch.zeros(len(values))
+    overlap, total = torch.zeros(2, len(seconds), len(values))
     for result in run.run(lambda row: case.slice(row).to(segmenter.device), pool.similarity(case.descriptors)):
         if cancel:
             cancel.check()
-        by_unet = None if second is None else second[result.index, columns]
-        found = scored(result.logits.sigmoid().cpu(), settings.threshold, by_unet, weight)
-        predicted = (found > 0).flatten(1)
         masks = torch.stack([case.mask(result.index, value) for value in values])
         true = (shrink_masks(masks, result.logits.shape[-1]) > 0.5).flatten(1)
-        overlap += (predicted & true).sum(1)
-        total += predicted.sum(1) + true.sum(1)
-    return (2 * overlap / total)[total > 0].tolist()
+        probabilities = result.logits.sigmoid().cpu()
+        for number, second in enumerate(seconds):
+            by_unet = None if second is None else second[result.index, columns]
+            predicted = (scored(probabilities, settings.threshold, by_unet, weight) > 0).flatten(1)
+            overlap[number] += (predicted & true).sum(1)
+            total[number] += predicted.sum(1) + true.sum(1)
+    return [(2 * both / sizes)[sizes > 0].tolist() for both, sizes in zip(overlap, total, strict=True)]

@@ -45,10 +45,9 @@ class Judge:
     def begin(self, limit: float, cancel: CancelToken | None) -> float | None:
         """Choose what can be scored in about so many seconds; return the Dice of it without a U-Net."""
         close = self._close_ups() if self.segmenter.settings.close_ups else {}
-        magnified = {name: set[int]() for name in self.names}
-        for case in (self.segmenter.pools[CLOSE].cases[key] for _, key in close):
-            magnified[case.name] |= case.known
-        whole = HeldOut({**self.held_out.rows, **close}, magnified)
+        whole = HeldOut.of(
+            {**self.held_out.rows, **close}, [self.segmenter.pools[view].cases[key] for view, key in close]
+        )
         self._scored, dice = whole.affordable(self.segmenter, limit, cancel)
         return dice
 
@@ -58,20 +57,20 @@ class Judge:
 
     def helps(self, unet: VoxelUNet) -> bool:
         """Whether the average with a U-Net is better than what the segmenter draws without."""
-        seconds = self._scored.drawn_by(unet, self.segmenter, self._apart())
-        without = self._scored.dice(self.segmenter)
-        self.dice = self._scored.dice(self.segmenter, seconds)
+        scored = {self.segmenter.pools[view].cases[key].name for view, key in self._scored.rows}
+        seconds = self._scored.drawn_by(unet, self.segmenter, self._named(scored))
+        without, self.dice = self._scored.compared(self.segmenter, seconds)
         return without is not None and self.dice is not None and self.dice > without
 
-    def _apart(self) -> Iterator[LabelledCase]:
-        """The cases with held-out slices."""
-        return (self.cases[number] for number, name in enumerate(self.names) if (MAIN, name) in self.held_out.rows)
+    def _named(self, names: Collection[str]) -> Iterator[LabelledCase]:
+        """Cases, read one by one."""
+        return (self.cases[number] for number, name in enumerate(self.names) if name in names)
 
     def _close_ups(self) -> dict[Entry, tuple[int, ...]]:
         """The rows of main close-ups that lie in held-out slices."""
         rows, pool = dict[Entry, tuple[int, ...]](), self.segmenter.pools.get(CLOSE, SupportPool())
         viewpoint = cast(Viewpoint, self.segmenter.viewpoint)
-        for case in self._apart():
+        for case in self._named({key for _, key in self.held_out.rows}):
             main, name = self.segmenter.pool.cases[case.volume.name], case.volume.name
             apart = {main.slices[row] for row in self.held_out.rows[MAIN, name]}
             stack = viewpoint.stack(case.volume)

@@ -6,26 +6,9 @@ from typing import Any
 
 from monai.transforms import Transform
 
-from ofl_sam2.dataset import Case, find_cases, load_case
-from ofl_sam2.errors import InputError
+from ofl_sam2.dataset import Case, find_cases, labelled_cases, load_case
 from ofl_sam2.files import case_name
 from ofl_sam2.workflow.run import config_key
-
-
-def labelled_cases(images: str, labels: str, cases: Sequence[str] | str | None = None) -> list[Case]:
-    """The cases of two folders that have a label.
-
-    Args:
-        images, labels: folders; images and labels pair by name.
-        cases: names to choose, as a list or separated by commas; default all.
-
-    Raises:
-        InputError: as in `find_cases`, or no label at all.
-    """
-    found = [case for case in find_cases(Path(images), Path(labels), case_names(cases)) if case.label is not None]
-    if not found:
-        raise InputError(f"{labels} holds no label of an image in {images}. A label has the name of its image.")
-    return found
 
 
 def image_list(
@@ -35,7 +18,7 @@ def image_list(
 
     Args:
         images: folder.
-        cases: see `labelled_cases`.
+        cases: names to choose, as a list or separated by commas; default all.
         unless_in: folder of label maps; images that have one there are left out.
 
     Raises:
@@ -56,7 +39,8 @@ def labelled_list(
     """The labelled images of two folders, as `[{"image": path, "label": path}, ...]`; none where `cases` is empty.
 
     Args:
-        images, labels, cases: see `labelled_cases`.
+        images, labels: folders; images and labels pair by name.
+        cases: names to choose, as a list or separated by commas; default all.
         unless: names of cases to leave out.
 
     Raises:
@@ -65,7 +49,7 @@ def labelled_list(
     if cases is not None and not cases:
         return []
     with config_key("image_dir and label_dir"):
-        found = labelled_cases(images, labels, cases)
+        found = labelled_cases(Path(images), Path(labels), case_names(cases))
     left_out = case_names(unless) or []
     return [{"image": str(c.image), "label": str(c.label)} for c in found if c.name not in left_out]
 

@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from ofl_sam2.backbone.weights import ENVIRONMENT, load_strict
-from ofl_sam2.dataset import load_case, parse_structures
+from ofl_sam2.dataset import labelled_cases, load_case, parse_structures
 from ofl_sam2.errors import InputError
 from ofl_sam2.files import case_name
 from ofl_sam2.jobs import check_device, open_segmenter
@@ -21,7 +21,7 @@ from ofl_sam2.learner.few_shot import FewShotLearner
 from ofl_sam2.model_index import is_model, read_index
 from ofl_sam2.segmenter import VolumeSegmenter, with_settings
 from ofl_sam2.volume import Volume
-from ofl_sam2.workflow.data import labelled_cases
+from ofl_sam2.workflow.data import case_names
 from ofl_sam2.workflow.run import config_key
 
 BUNDLE = Path(__file__).parents[2]
@@ -152,7 +152,7 @@ def few_shot_network(
     with config_key("support_images and support_labels"):
         if support_images is None or support_labels is None:
             raise InputError("Only one of the two is given. Give both folders, or neither.")
-        found = labelled_cases(support_images, support_labels, support_cases)
+        found = labelled_cases(Path(support_images), Path(support_labels), case_names(support_cases))
     with config_key("structures"):
         names = parse_structures(structures) if structures else None
     segmenter = opened(folder)
