@@ -39,7 +39,7 @@ def slices(nano, learned, make_case):
 
 def parts(segmenter):
     """What a `SupportEncoder` needs."""
-    return segmenter.backbone, segmenter.learner, segmenter.pool
+    return segmenter.backbone, segmenter.learner, segmenter.pool, (1, 2)
 
 
 @pytest.fixture

@@ -69,5 +69,6 @@ def _train(segmenter, cases: Sequence[LabelledCase], seconds: float, seed: int) 
     engines: list[Engine] = []
     settings = TrainingSettings(minutes=seconds / 60, seed=seed)
     result = train(segmenter, cases, settings, attach=engines.append)
-    held_out = {"held_out_before": result.dice_before, "held_out_after": result.dice_after}
-    return engines[0].state.iteration if engines else 0, {"improved": result.improved, **held_out}
+    found = {"held_out_before": result.dice_before, "held_out_after": result.dice_after}
+    kept = {"improved": result.improved, "unet": segmenter.unet is not None}
+    return engines[0].state.iteration if engines else 0, {**kept, **found}

@@ -3,7 +3,7 @@
 Shapes: K structures of one slice share its image features and go through SAM2 as a batch of K objects.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from ofl_sam2.memory.working_set import WorkingSet
 from ofl_sam2.quality import confidence
 from ofl_sam2.settings import Order, Settings
 
-MOST_SUPPORT_BYTES = 512 << 20
+MOST_SUPPORT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,33 @@ class SupportEncoder:
     Args:
         backbone, learner: what encodes them.
         pool: the labelled slices.
+        values: structures that will be asked for.
         kept: what was encoded last; encoders may share it.
     """
 
     def __init__(
-        self, backbone: SAM2Backbone, learner: FewShotLearner, pool: SupportPool, kept: RecentTensors | None = None
+        self,
+        backbone: SAM2Backbone,
+        learner: FewShotLearner,
+        pool: SupportPool,
+        values: Collection[int],
+        kept: RecentTensors | None = None,
     ) -> None:
-        self.backbone, self.learner, self.pool = backbone, learner, pool
+        self.backbone, self.learner, self.pool, self.values = backbone, learner, pool, values
         self._kept = kept or RecentTensors(MOST_SUPPORT_BYTES)
+        self._own = object()
 
     def memory(self, key: SupportKey, value: int) -> Memory:
         """What SAM2 remembers of a labelled slice; all structures in it are encoded at once."""
-        if found := self._kept.get((self, Memory, key, self._drawn(key, value))):
+        if found := self._kept.get((self._own, Memory, key, self._drawn(key, value))):
             return Memory(**found)
-        taught = self.pool.taught(key)
+        taught = [each for each in self.pool.taught(key) if each in self.values]
         values = taught if value in taught else [value]
         masks = torch.stack([self._mask(key, each) for each in values])
         encoded = self.backbone.remember_mask(self._features(key).expand(len(values)), masks)
         memories = {each: encoded[[row]] for row, each in enumerate(values)}
         for each, memory in memories.items():
-            self._kept.put((self, Memory, key, self._drawn(key, each)), vars(memory))
+            self._kept.put((self._own, Memory, key, self._drawn(key, each)), vars(memory))
         return memories[value]
 
     def sample(self, key: SupportKey, value: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,8 +80,8 @@ class SupportEncoder:
             return dict(zip(names, self.learner.encode_labels(features.stride16, mask), strict=True))
 
         names = "encoding", "weight"
-        label = self._once((self, names, key, self._drawn(key, value)), encode)
-        return self._once((self, "x", key), embed)["x"], label["encoding"], label["weight"]
+        label = self._once((self._own, names, key, self._drawn(key, value)), encode)
+        return self._once((self._own, "x", key), embed)["x"], label["encoding"], label["weight"]
 
     def _once(self, entry: Hashable, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if (found := self._kept.get(entry)) is None:
@@ -146,7 +153,7 @@ class LearnedView:
         kept: RecentTensors | None = None,
     ) -> None:
         self.pool, self.values = pool, values
-        self.supports = SupportEncoder(backbone, learner, pool, kept)
+        self.supports = SupportEncoder(backbone, learner, pool, values, kept)
         self.solution = solve_on_pool(self.supports, values, settings)
 
     def of(self, values: tuple[int, ...]) -> PoolSolution:

@@ -1,7 +1,6 @@
 """Slices that training does not see."""
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from ofl_sam2.learner.plan import Plan
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.memory.pool import CLOSE, MAIN, PooledCase, View
 from ofl_sam2.progress import CancelToken
+from ofl_sam2.segmenter import with_settings
 from ofl_sam2.training.held_out import MOST_SCORED, HeldOut, _middle, part
 
 
@@ -74,16 +74,42 @@ def test_too_few_slices_leave_nothing_to_hold_out(make_segmenter):
     assert held_out.dice(make_segmenter()) is None
 
 
-@pytest.mark.parametrize("names", ["a", "abcd"])
-def test_structures_of_close_ups_are_scored_in_these_alone(names):
-    close = [
-        replace(pooled(name, filled=range(2, 8), view=view), focus=(1,))
-        for name in names
-        for view in (CLOSE, View(0, close=True))
-    ]
-    wide = [pooled(name, filled=range(2, 8), view=view) for name in names for view in (MAIN, View(0))]
-    assert HeldOut.choose([*wide, *close]).magnified == {"a": {1}}
-    assert not HeldOut.choose(wide).magnified
+@pytest.fixture(scope="module")
+def small(make_small_case):
+    """Cases with one structure each, small enough for close-ups."""
+    return [make_small_case(name, seed) for seed, name in enumerate("abcd")]
+
+
+def everywhere(segmenter):
+    """What is held out of all views."""
+    every = [case for pool in segmenter.pools.values() for case in pool.cases.values()]
+    return HeldOut.choose(every).with_close_ups(segmenter)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_structures_that_are_drawn_in_close_ups_are_scored_in_these_alone(make_segmenter, small, count):
+    segmenter = make_segmenter(tuple(small[:count]))
+    held_out = everywhere(segmenter)
+    assert held_out.magnified == {"a": {1}}
+    for entry in held_out.rows:
+        assert bool(held_out._scores(segmenter, entry)[0]) == entry[0].close
+    some, dice = held_out.affordable(segmenter, -1)
+    assert dice is not None and CLOSE in {view for view, _ in some.rows}
+
+
+def test_close_ups_that_are_not_made_are_not_scored_in_place_of_others(make_segmenter, small):
+    segmenter = make_segmenter(tuple(small))
+    assert everywhere(with_settings(segmenter, close_ups=False)).magnified == {}
+
+
+def test_what_no_close_up_of_another_case_teaches_is_scored_in_the_main_view(make_segmenter, make_case, small):
+    segmenter = make_segmenter((small[0], make_case("b", values=(1,))))
+    assert list(segmenter.pools[CLOSE].cases) == ["a (1,)"]
+    whole = segmenter.pool.cases["a"], segmenter.pools[CLOSE].cases["a (1,)"]
+    rows = {(case.view, case.key): tuple(range(len(case))) for case in whole}
+    held_out = HeldOut(rows).with_close_ups(segmenter)
+    assert not held_out.magnified.get("a")
+    assert [bool(held_out._scores(segmenter, entry)[0]) for entry in rows] == [True, False]
 
 
 def test_a_part_of_a_case_keeps_slices_features_and_labels_together():

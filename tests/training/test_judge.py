@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ofl_sam2.memory.pool import CLOSE, MAIN
+from ofl_sam2.progress import CancelToken
 from ofl_sam2.training.held_out import HeldOut
 from ofl_sam2.training.judge import Judge
 
@@ -58,3 +59,17 @@ def test_without_close_ups_the_main_view_is_judged(make_segmenter, small):
     before = judge.begin(600, None)
     assert set(judge._scored.rows) == {(MAIN, "a")}
     assert before == judge.held_out.dice(segmenter)
+
+
+def test_a_cancelled_training_gets_no_unet(make_segmenter, small):
+    judge, cancel = Judge(make_segmenter(tuple(small)), small, ["a", "b"], ()), CancelToken()
+    judge.begin(600, cancel)
+    cancel.cancel()
+    assert not judge.helps(Drawn(small))
+
+
+def test_a_unet_that_is_worse_than_what_was_drawn_at_first_does_not_help(make_segmenter, small, monkeypatch):
+    judge = Judge(make_segmenter(tuple(small)), small, ["a", "b"], ())
+    before = judge.begin(600, None)
+    monkeypatch.setattr(HeldOut, "compared", lambda *_: (before - 0.2, before - 0.1))
+    assert not judge.helps(Drawn(small))

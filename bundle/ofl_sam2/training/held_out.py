@@ -16,8 +16,8 @@ from ofl_sam2.dataset import LabelledCase
 from ofl_sam2.drawing import is_averaged, scored
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.looks import Viewpoint
-from ofl_sam2.memory.pool import MAIN, PooledCase, SupportPool, View, pool_key
-from ofl_sam2.progress import CancelToken
+from ofl_sam2.memory.pool import CLOSE, PooledCase, SupportPool, View, pool_key
+from ofl_sam2.progress import CancelToken, Watch
 from ofl_sam2.propagation import LearnedView, Propagation
 from ofl_sam2.segmenter import VolumeSegmenter
 from ofl_sam2.training.losses import shrink_masks
@@ -40,16 +40,7 @@ class HeldOut:
     """
 
     rows: Mapping[Entry, tuple[int, ...]]
-    magnified: Mapping[str, Collection[int]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, rows: Mapping[Entry, tuple[int, ...]], cases: Iterable[PooledCase]) -> "HeldOut":
-        """These rows; structures of those of the cases that are close-ups are scored in these alone."""
-        magnified = dict[str, frozenset[int]]()
-        for case in cases:
-            if case.view.close and (case.view, case.key) in rows:
-                magnified[case.name] = magnified.get(case.name, frozenset()) | case.known
-        return cls(rows, magnified)
+    magnified: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     @classmethod
     def choose(
@@ -66,15 +57,26 @@ class HeldOut:
         """
         names = sorted({case.name for case in cases})
         if len(names) < enough:
-            return cls.of({(c.view, c.key): rows for c in cases if (rows := _every_fifth(c))}, cases)
-        taught = {name: _taught(case for case in cases if case.name == name) for name in names}
+            return cls({(c.view, c.key): rows for c in cases if (rows := _every_fifth(c))})
+        taught = {name: frozenset().union(*(c.known for c in cases if c.name == name)) for name in names}
         holders = Counter(value for values in taught.values() for value in values)
         shared = {value for value in structures or holders if holders[value] > 1}
         names.sort(key=lambda name: -len(shared & taught[name]))
         most = min(_MOST_CASES, max(1, len(names) // ENOUGH_CASES))
         fair = [name for name in names if name not in fitted and shared & taught[name]]
         apart = set((fair or names)[::_CASES_PER_HELD_OUT][:most])
-        return cls.of({(c.view, c.key): tuple(range(len(c))) for c in cases if c.name in apart}, cases)
+        return cls({(c.view, c.key): tuple(range(len(c))) for c in cases if c.name in apart})
+
+    def with_close_ups(self, segmenter: VolumeSegmenter) -> "HeldOut":
+        """The same rows; structures that are drawn in close-ups are scored in these alone."""
+        close = segmenter.view(CLOSE) if segmenter.settings.close_ups else None
+        if close is None:
+            return self
+        magnified = dict[str, frozenset[int]]()
+        for case in (close.pool.cases[key] for view, key in self.rows if view == CLOSE):
+            drawn = case.known.intersection(close.values, _taught(self._others(close.pool, case)))
+            magnified[case.name] = magnified.get(case.name, frozenset()) | drawn
+        return replace(self, magnified=magnified)
 
     def without(self, case: PooledCase) -> PooledCase | None:
         """What is left of a pooled case; None if that is nothing."""
@@ -91,7 +93,7 @@ class HeldOut:
 
     @torch.no_grad()
     def dice(self, segmenter: VolumeSegmenter) -> float | None:
-        """Mean Dice of held-out slices, each case segmented from the other cases, a lone one from its other slices.
+        """Mean Dice of what is in held-out slices, cases segmented from the others, a lone one from its other slices.
 
         Args:
             segmenter: what to score; its own U-Net is not asked.
@@ -103,10 +105,14 @@ class HeldOut:
 
     @torch.no_grad()
     def compared(
-        self, segmenter: VolumeSegmenter, seconds: Mapping[Entry, Tensor]
+        self, segmenter: VolumeSegmenter, seconds: Mapping[Entry, Tensor], cancel: CancelToken | None = None
     ) -> tuple[float | None, float | None]:
-        """As `dice`, and the Dice of the average with what a U-Net says (see `drawn_by`); no rows are of side views."""
-        pairs = [self._scores(segmenter, entry, (None, seconds[entry])) for entry in self.rows]
+        """As `dice`, and the Dice of the average with what a U-Net says (see `drawn_by`); no rows are of side views.
+
+        Raises:
+            Cancelled: stopped by `cancel`.
+        """
+        pairs = [self._scores(segmenter, entry, (None, seconds[entry]), cancel) for entry in self.rows]
         without, averaged = (_mean(pair[number] for pair in pairs) for number in range(2))
         return without, averaged
 
@@ -116,15 +122,15 @@ class HeldOut:
     ) -> tuple["HeldOut", float | None]:
         """What can be scored in about so many seconds, and its `dice`.
 
-        That is one view of a case at least. Main views come first, the others in random order.
+        That is one view of a case with structures at least. Side views come last, the others are in random order.
 
         Raises:
             Cancelled: stopped by `cancel`.
         """
         started, scores = perf_counter(), dict[Entry, list[float]]()
         shuffled = Random(0).sample(list(self.rows), len(self.rows))
-        for entry in sorted(shuffled, key=lambda entry: entry[0] != MAIN):
-            if scores and perf_counter() - started >= limit:
+        for entry in sorted(shuffled, key=lambda entry: entry[0].axis is not None):
+            if any(scores.values()) and perf_counter() - started >= limit:
                 break
             (scores[entry],) = self._scores(segmenter, entry, cancel=cancel)
         return replace(self, rows={entry: self.rows[entry] for entry in scores}), _mean(scores.values())
@@ -140,17 +146,27 @@ class HeldOut:
         view, key = entry
         pool = segmenter.pools[view]
         case = pool.cases[key]
-        others = pool.without({case.name})
-        if not others.cases and (rest := self.without(case)):
-            others.add(rest)
-        known = case.known - set(() if view.close else self.magnified.get(case.name, ()))
-        values = tuple(v for v in segmenter.structures if v in known & _taught(others.cases.values()))
+        others = self._others(pool, case)
+        magnified = frozenset() if view.close else self.magnified.get(case.name, frozenset())
+        known = case.known & _taught(others) - magnified
+        values = tuple(value for value in segmenter.structures if value in known)
         if not values:
             return [[] for _ in seconds]
         return _dice(segmenter, part(case, _middle(case, self.rows[entry])), others, values, seconds, cancel)
 
+    def _others(self, pool: SupportPool, case: PooledCase) -> SupportPool:
+        """What a case of a pool is segmented from."""
+        others = pool.without({case.name})
+        if not others.cases and (rest := self.without(case)):
+            others.add(rest)
+        return others
+
     def drawn_by(
-        self, unet: VoxelUNet, segmenter: VolumeSegmenter, cases: Iterable[LabelledCase]
+        self,
+        unet: VoxelUNet,
+        segmenter: VolumeSegmenter,
+        cases: Iterable[LabelledCase],
+        cancel: CancelToken | None = None,
     ) -> dict[Entry, Tensor]:
         """What a U-Net makes of the slices that are scored.
 
@@ -158,16 +174,20 @@ class HeldOut:
             unet: to ask.
             segmenter: has learned the cases.
             cases: those with held-out slices.
+            cancel: to stop.
 
         Returns:
             For each of the rows' views and keys `(S, K, h, w)` at logit size; K are all structures of the segmenter.
             NaN of a case that is too large on its grid.
+
+        Raises:
+            Cancelled: stopped by `cancel`.
         """
-        seconds: dict[Entry, Tensor] = {}
+        seconds, check = dict[Entry, Tensor](), Watch(None, cancel).check
         values, viewpoint = tuple(segmenter.structures), cast(Viewpoint, segmenter.viewpoint)
         for case in cases:
             known = is_averaged(unet.shape_of(case.volume), len(values))
-            found = unet.probabilities(case.volume, values, lambda: None).numpy() if known else None
+            found = unet.probabilities(case.volume, values, check).numpy() if known else None
             for look in viewpoint.looks(case):
                 entry = look.view, pool_key(case.volume.name, look.focus)
                 if entry not in self.rows:
@@ -196,8 +216,8 @@ def _mean(scores: Iterable[Sequence[float]]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _taught(cases: Iterable[PooledCase]) -> frozenset[int]:
-    return frozenset().union(*(case.known for case in cases))
+def _taught(pool: SupportPool) -> frozenset[int]:
+    return frozenset().union(*(case.known for case in pool.cases.values()))
 
 
 def _every_fifth(case: PooledCase) -> tuple[int, ...]:
@@ -229,16 +249,17 @@ def _dice(
     learned = LearnedView(pool, values, segmenter.backbone, segmenter.learner, settings)
     run = Propagation(learned.supports, values, learned.solution, settings)
     columns = [list(segmenter.structures).index(value) for value in values]
-    overlap, total = torch.zeros(2, len(seconds), len(values))
+    overlap, sizes, true_sizes = *torch.zeros(2, len(seconds), len(values)), torch.zeros(len(values))
     for result in run.run(lambda row: case.slice(row).to(segmenter.device), pool.similarity(case.descriptors)):
         if cancel:
             cancel.check()
         masks = torch.stack([case.mask(result.index, value) for value in values])
         true = (shrink_masks(masks, result.logits.shape[-1]) > 0.5).flatten(1)
+        true_sizes += true.sum(1)
         probabilities = result.logits.sigmoid().cpu()
         for number, second in enumerate(seconds):
             by_unet = None if second is None else second[result.index, columns]
             predicted = (scored(probabilities, settings.threshold, by_unet, weight) > 0).flatten(1)
             overlap[number] += (predicted & true).sum(1)
-            total[number] += predicted.sum(1) + true.sum(1)
-    return [(2 * both / sizes)[sizes > 0].tolist() for both, sizes in zip(overlap, total, strict=True)]
+            sizes[number] += predicted.sum(1)
+    return [dice[true_sizes > 0].tolist() for dice in 2 * overlap / (sizes + true_sizes)]

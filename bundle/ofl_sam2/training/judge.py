@@ -1,9 +1,11 @@
 """Whether a U-Net is to be part of the model."""
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from typing import cast
 
 from ofl_sam2.dataset import LabelledCase
+from ofl_sam2.errors import Cancelled
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.looks import Viewpoint
 from ofl_sam2.memory.pool import CLOSE, MAIN, SupportPool, pool_key
@@ -40,27 +42,34 @@ class Judge:
         pooled = [segmenter.pool.cases[name] for name in names]
         self.held_out = HeldOut.choose(pooled, 2, segmenter.structures, fitted)
         self._scored = self.held_out
+        self._before: float | None = None
+        self._cancel: CancelToken | None = None
         self.dice: float | None = None
 
     def begin(self, limit: float, cancel: CancelToken | None) -> float | None:
         """Choose what can be scored in about so many seconds; return the Dice of it without a U-Net."""
         close = self._close_ups() if self.segmenter.settings.close_ups else {}
-        whole = HeldOut.of(
-            {**self.held_out.rows, **close}, [self.segmenter.pools[view].cases[key] for view, key in close]
-        )
-        self._scored, dice = whole.affordable(self.segmenter, limit, cancel)
-        return dice
+        whole = HeldOut({**self.held_out.rows, **close}).with_close_ups(self.segmenter)
+        self._cancel = cancel
+        self._scored, self._before = whole.affordable(self.segmenter, limit, cancel)
+        return self._before
 
     def seen(self, case: LabelledCase) -> LabelledCase | None:
         """What a U-Net may see of a case before it is judged; None if that is nothing."""
         return self.held_out.seen(case, self.segmenter.pool.cases[case.volume.name])
 
     def helps(self, unet: VoxelUNet) -> bool:
-        """Whether the average with a U-Net is better than what the segmenter draws without."""
+        """Whether the average with a U-Net is better than what the segmenter draws without, and drew at the beginning.
+
+        No if cancelled.
+        """
         scored = {self.segmenter.pools[view].cases[key].name for view, key in self._scored.rows}
-        seconds = self._scored.drawn_by(unet, self.segmenter, self._named(scored))
-        without, self.dice = self._scored.compared(self.segmenter, seconds)
-        return without is not None and self.dice is not None and self.dice > without
+        with suppress(Cancelled):
+            seconds = self._scored.drawn_by(unet, self.segmenter, self._named(scored), self._cancel)
+            without, self.dice = self._scored.compared(self.segmenter, seconds, self._cancel)
+            others = [dice for dice in (without, self._before) if dice is not None]
+            return bool(others) and self.dice is not None and self.dice > max(others)
+        return False
 
     def _named(self, names: Collection[str]) -> Iterator[LabelledCase]:
         """Cases, read one by one."""

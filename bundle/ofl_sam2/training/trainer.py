@@ -114,7 +114,7 @@ def _fit_learner(
     """Fit learner and fusion in their share of the time, see `train`."""
     started = time.perf_counter()
     pooled = [c for pool in segmenter.pools.values() for c in pool.cases.values() if c.name in names]
-    held_out = HeldOut.choose(pooled, structures=segmenter.structures, fitted=fitted)
+    held_out = HeldOut.choose(pooled, structures=segmenter.structures, fitted=fitted).with_close_ups(segmenter)
     if not any(rest.known & segmenter.structures.keys() for c in pooled if (rest := held_out.without(c))):
         held_out = HeldOut({})  # nothing else teaches
     seconds = 60 * settings.minutes * share
