@@ -15,7 +15,7 @@ from torch import Tensor
 from ofl_sam2.canvas import LOGIT_LIMIT, Canvas
 from ofl_sam2.intensity import intensity_for
 from ofl_sam2.looks import Viewpoint, windows
-from ofl_sam2.memory.pool import CLOSE, View, describe
+from ofl_sam2.memory.pool import View, describe
 from ofl_sam2.progress import Watch
 from ofl_sam2.propagation import LearnedView, Propagation, SegmentedSlice
 from ofl_sam2.quality import Quality
@@ -45,7 +45,7 @@ class Drawing:
 
     def run(self) -> tuple[Canvas, list[float]]:
         """The label map, and the estimated quality of each structure."""
-        close = self.segmenter.view(CLOSE) if self.segmenter.settings.close_ups else None
+        close = self.segmenter.active_close_ups
         magnified = close.values if close else ()
         unet = self.segmenter.active_unet
         count = len(self.values)

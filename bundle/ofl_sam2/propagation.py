@@ -57,7 +57,7 @@ class SupportEncoder:
 
     def memory(self, key: SupportKey, value: int) -> Memory:
         """What SAM2 remembers of a labelled slice; all structures in it are encoded at once."""
-        if found := self._kept.get((self._own, Memory, key, self._drawn(key, value))):
+        if found := self._kept.get((self._own, "memory", key, self._drawn(key, value))):
             return Memory(**found)
         taught = [each for each in self.pool.taught(key) if each in self.values]
         values = taught if value in taught else [value]
@@ -65,7 +65,7 @@ class SupportEncoder:
         encoded = self.backbone.remember_mask(self._features(key).expand(len(values)), masks)
         memories = {each: encoded[[row]] for row, each in enumerate(values)}
         for each, memory in memories.items():
-            self._kept.put((self._own, Memory, key, self._drawn(key, each)), vars(memory))
+            self._kept.put((self._own, "memory", key, self._drawn(key, each)), vars(memory))
         return memories[value]
 
     def sample(self, key: SupportKey, value: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,11 +77,11 @@ class SupportEncoder:
         def encode() -> dict[str, Tensor]:
             features = self._features(key)
             mask = mask_at_logit_size(self._mask(key, value)[None], features.stride4.shape[-1])
-            return dict(zip(names, self.learner.encode_labels(features.stride16, mask), strict=True))
+            encoding, weight = self.learner.encode_labels(features.stride16, mask)
+            return {"encoding": encoding, "weight": weight}
 
-        names = "encoding", "weight"
-        label = self._once((self._own, names, key, self._drawn(key, value)), encode)
-        return self._once((self._own, "x", key), embed)["x"], label["encoding"], label["weight"]
+        label = self._once((self._own, "label", key, self._drawn(key, value)), encode)
+        return self._once((self._own, "image", key), embed)["x"], label["encoding"], label["weight"]
 
     def _once(self, entry: Hashable, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if (found := self._kept.get(entry)) is None:

@@ -20,7 +20,7 @@ from ofl_sam2.learner.few_shot import FewShotLearner
 from ofl_sam2.learner.unet import VoxelUNet
 from ofl_sam2.looks import Look, Viewpoint
 from ofl_sam2.memory.cache import FeatureCache
-from ofl_sam2.memory.pool import MAIN, PooledCase, SupportPool, View, label_map
+from ofl_sam2.memory.pool import CLOSE, MAIN, PooledCase, SupportPool, View, label_map
 from ofl_sam2.memory.recent import RecentTensors
 from ofl_sam2.progress import CancelToken, Progress, Watch
 from ofl_sam2.propagation import MOST_SUPPORT_BYTES, LearnedView
@@ -234,6 +234,11 @@ class VolumeSegmenter:
         chosen = list(indices)
         for start in range(0, len(chosen), _ENCODE_BATCH):
             yield self.encode(stack.images(chosen[start : start + _ENCODE_BATCH]))
+
+    @property
+    def active_close_ups(self) -> LearnedView | None:
+        """What was learned from main close-ups, unless the settings say to go without."""
+        return self.view(CLOSE) if self.settings.close_ups else None
 
     @property
     def active_unet(self) -> VoxelUNet | None:

@@ -33,7 +33,7 @@ def test_what_is_drawn_in_close_ups_is_judged_in_these_alone(make_segmenter, sma
     cases = small[:count]
     segmenter = make_segmenter(tuple(cases), unet_views=100.0)
     judge = Judge(segmenter, cases, [case.volume.name for case in cases], ())
-    before = judge.begin(600, None)
+    before = judge.begin(600)
     scored = judge._scored
     assert set(scored.rows) == {(MAIN, "a"), (CLOSE, "a (1,)")}
     assert before == HeldOut({entry: rows for entry, rows in scored.rows.items() if entry[0] == CLOSE}).dice(segmenter)
@@ -44,7 +44,7 @@ def test_what_is_drawn_in_close_ups_is_judged_in_these_alone(make_segmenter, sma
 def test_the_rows_of_a_lone_case_s_close_up_are_the_slices_that_the_unet_has_not_seen(make_segmenter, small):
     segmenter, case = make_segmenter((small[0],)), small[0]
     judge = Judge(segmenter, [case], ["a"], ())
-    judge.begin(600, None)
+    judge.begin(600)
     seen = set(judge.seen(case).labelled_slices)
     look = next(look for look in segmenter.viewpoint.looks(case) if look.view == CLOSE)
     lower = look.window.lower[segmenter.viewpoint.main_axis(case.volume)]
@@ -56,20 +56,21 @@ def test_the_rows_of_a_lone_case_s_close_up_are_the_slices_that_the_unet_has_not
 def test_without_close_ups_the_main_view_is_judged(make_segmenter, small):
     segmenter = make_segmenter(tuple(small), close_ups=False)
     judge = Judge(segmenter, small, ["a", "b"], ())
-    before = judge.begin(600, None)
+    before = judge.begin(600)
     assert set(judge._scored.rows) == {(MAIN, "a")}
     assert before == judge.held_out.dice(segmenter)
 
 
 def test_a_cancelled_training_gets_no_unet(make_segmenter, small):
-    judge, cancel = Judge(make_segmenter(tuple(small)), small, ["a", "b"], ()), CancelToken()
-    judge.begin(600, cancel)
+    cancel = CancelToken()
+    judge = Judge(make_segmenter(tuple(small)), small, ["a", "b"], (), cancel)
+    judge.begin(600)
     cancel.cancel()
     assert not judge.helps(Drawn(small))
 
 
 def test_a_unet_that_is_worse_than_what_was_drawn_at_first_does_not_help(make_segmenter, small, monkeypatch):
     judge = Judge(make_segmenter(tuple(small)), small, ["a", "b"], ())
-    before = judge.begin(600, None)
+    before = judge.begin(600)
     monkeypatch.setattr(HeldOut, "compared", lambda *_: (before - 0.2, before - 0.1))
     assert not judge.helps(Drawn(small))

@@ -69,7 +69,7 @@ class HeldOut:
 
     def with_close_ups(self, segmenter: VolumeSegmenter) -> "HeldOut":
         """The same rows; structures that are drawn in close-ups are scored in these alone."""
-        close = segmenter.view(CLOSE) if segmenter.settings.close_ups else None
+        close = segmenter.active_close_ups
         if close is None:
             return self
         magnified = dict[str, frozenset[int]]()

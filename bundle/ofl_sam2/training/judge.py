@@ -25,6 +25,7 @@ class Judge:
         cases: the labelled volumes.
         names: of the cases.
         fitted: names of those that parameters were fitted to before.
+        cancel: to stop.
 
     Attributes:
         held_out: these slices.
@@ -37,21 +38,24 @@ class Judge:
         cases: Sequence[LabelledCase],
         names: Sequence[str],
         fitted: Collection[str],
+        cancel: CancelToken | None = None,
     ) -> None:
-        self.segmenter, self.cases, self.names = segmenter, cases, names
+        self.segmenter, self.cases, self.names, self.cancel = segmenter, cases, names, cancel
         pooled = [segmenter.pool.cases[name] for name in names]
         self.held_out = HeldOut.choose(pooled, 2, segmenter.structures, fitted)
         self._scored = self.held_out
         self._before: float | None = None
-        self._cancel: CancelToken | None = None
         self.dice: float | None = None
 
-    def begin(self, limit: float, cancel: CancelToken | None) -> float | None:
-        """Choose what can be scored in about so many seconds; return the Dice of it without a U-Net."""
+    def begin(self, limit: float) -> float | None:
+        """Choose what can be scored in about so many seconds; return the Dice of it without a U-Net.
+
+        Raises:
+            Cancelled: stopped by `cancel`.
+        """
         close = self._close_ups() if self.segmenter.settings.close_ups else {}
         whole = HeldOut({**self.held_out.rows, **close}).with_close_ups(self.segmenter)
-        self._cancel = cancel
-        self._scored, self._before = whole.affordable(self.segmenter, limit, cancel)
+        self._scored, self._before = whole.affordable(self.segmenter, limit, self.cancel)
         return self._before
 
     def seen(self, case: LabelledCase) -> LabelledCase | None:
@@ -65,10 +69,10 @@ class Judge:
         """
         scored = {self.segmenter.pools[view].cases[key].name for view, key in self._scored.rows}
         with suppress(Cancelled):
-            seconds = self._scored.drawn_by(unet, self.segmenter, self._named(scored), self._cancel)
-            without, self.dice = self._scored.compared(self.segmenter, seconds, self._cancel)
-            others = [dice for dice in (without, self._before) if dice is not None]
-            return bool(others) and self.dice is not None and self.dice > max(others)
+            seconds = self._scored.drawn_by(unet, self.segmenter, self._named(scored), self.cancel)
+            without, self.dice = self._scored.compared(self.segmenter, seconds, self.cancel)
+            if without is not None and self.dice is not None and self._before is not None:
+                return self.dice > max(without, self._before)
         return False
 
     def _named(self, names: Collection[str]) -> Iterator[LabelledCase]:

@@ -76,9 +76,9 @@ def train(
         )
     grids = {case.volume.name: case.volume.grid for case in cases}
     names = list(grids)
-    judge = Judge(segmenter, cases, names, fitted)
+    judge = Judge(segmenter, cases, names, fitted, cancel)
     share = _unet_share(segmenter, grids.values(), settings.minutes) if judge.held_out.rows else 0.0
-    alone = judge.begin(_bounded(_JUDGING * 60 * settings.minutes), cancel) if share else None
+    alone = judge.begin(_bounded(_JUDGING * 60 * settings.minutes)) if share else None
     result = TrainingResult([], alone, None, False)
     if share < 1:
         result = _fit_learner(
